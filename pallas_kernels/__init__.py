@@ -1,0 +1,13 @@
+"""GSPN's operations on (B, H, W, C) maps: the line scan, row-stochastic weights, and four-direction propagation.
+
+Imports jax and numpy only. Axes: B batch, H rows, W columns, C channels, C_w weight channels (a divisor of C).
+Directions are named as the scan walks, in the order of every direction axis: right, down, left, up.
+"""
+
+from pallas_kernels.directions import DIRECTIONS
+from pallas_kernels.dispatch import implementations, record_choices
+from pallas_kernels.line_scan import line_scan
+from pallas_kernels.propagation import propagate
+from pallas_kernels.stability import row_stochastic
+
+__all__ = ["DIRECTIONS", "implementations", "line_scan", "propagate", "record_choices", "row_stochastic"]

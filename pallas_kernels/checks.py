@@ -1,0 +1,56 @@
+"""Argument checks of the public operations. Every failure is a ValueError: argument, what was expected, what came."""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.directions import DIRECTIONS
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def check_float(name: str, array: jax.Array, dtypes: tuple[str, ...] = _FLOATS) -> None:
+    if array.dtype.name not in dtypes:
+        raise ValueError(f"{name}: expected dtype {' or '.join(dtypes)}, got {array.dtype.name}")
+
+
+def check_shape(name: str, array: jax.Array, expected: tuple[int, ...], meaning: str) -> None:
+    if array.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected} ({meaning}), got {array.shape}")
+
+
+def check_map(name: str, array: jax.Array) -> None:
+    """A (B, H, W, C) floating-point array without empty axes."""
+    if array.ndim != 4 or min(array.shape) < 1:
+        raise ValueError(f"{name}: expected shape (B, H, W, C), every axis at least 1, got {array.shape}")
+    check_float(name, array)
+
+
+def check_weight_channels(name: str, weight_channels: int, channels: int) -> None:
+    if weight_channels < 1 or channels % weight_channels:
+        raise ValueError(f"{name}: expected C_w, its last axis, to divide C = {channels}, got {weight_channels}")
+
+
+def check_direction(direction: str) -> None:
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}; got {direction!r}")
+
+
+def check_chunk(chunk: int | None) -> int | None:
+    """`chunk` as a plain int, or None."""
+    if chunk is None:
+        return None
+    if isinstance(chunk, bool) or not isinstance(chunk, numbers.Integral) or chunk < 1:
+        raise ValueError(f"chunk: expected None or a whole number of lines, at least 1; got {chunk!r}")
+    return int(chunk)
+
+
+def check_axis_name(name: str, axis: str | None) -> None:
+    if axis is not None and not isinstance(axis, str):
+        raise ValueError(f"{name}: expected the name of a mesh axis or None, got {axis!r}")
+
+
+def state_dtype(x: jax.Array) -> jnp.dtype:
+    """The dtype of the hidden state: float64 for float64 input, else float32."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)

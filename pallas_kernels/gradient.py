@@ -1,0 +1,102 @@
+"""The gradient rules, shared by every implementation.
+
+An implementation is a module with the four functions of `reference`: scan and propagation, forward and backward. The
+rules decide what is kept in between (the inputs and h, never more) and where the mesh comes in.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from pallas_kernels import reference
+from pallas_kernels.sharding import MeshAxes, sharded
+
+_IMPLEMENTATIONS: dict[str, types.ModuleType] = {"xla": reference}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static in one call of an operation."""
+
+    implementation: str
+    chunk: int | None
+    axes: MeshAxes
+    direction: str | None = None  # of a line scan
+
+    @property
+    def module(self) -> types.ModuleType:
+        return _IMPLEMENTATIONS[self.implementation]
+
+
+def _summed(gradient: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """The gradient of an argument that is whole on every device of the named axes."""
+    return lax.psum(gradient, names) if names else gradient
+
+
+def _over_shared_weights(call: Call) -> tuple[str, ...]:
+    return (call.axes.channel,) if call.axes.shares_weights and call.axes.channel else ()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan(call: Call, x: jax.Array, weights: jax.Array, lam: jax.Array) -> jax.Array:
+    """`line_scan` after its checks."""
+    forward = functools.partial(call.module.scan_forward, direction=call.direction, chunk=call.chunk)
+    maps, rows = call.axes.map_spec(4), call.axes.weight_spec(5)
+    return sharded(forward, call.axes, (maps, rows, maps), maps)(x, weights, lam)
+
+
+def _scan_forward(call, x, weights, lam):
+    h = scan(call, x, weights, lam)
+    return h, (x, weights, lam, h)
+
+
+def _scan_backward(call, residuals, grad_h):
+    def backward(*arrays):
+        grad_x, grad_weights, grad_lam = call.module.scan_backward(*arrays, direction=call.direction, chunk=call.chunk)
+        return grad_x, _summed(grad_weights, _over_shared_weights(call)), grad_lam
+
+    maps, rows = call.axes.map_spec(4), call.axes.weight_spec(5)
+    return sharded(backward, call.axes, (maps, rows, maps, maps, maps), (maps, rows, maps))(*residuals, grad_h)
+
+
+scan.defvjp(_scan_forward, _scan_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def propagation(call: Call, x, logits, lam, gate, skip, merge) -> jax.Array:
+    """Aligned `propagate` after its checks; `skip` may be None."""
+    return _propagation_forward(call, x, logits, lam, gate, skip, merge)[0]
+
+
+def _propagation_forward(call, x, logits, lam, gate, skip, merge):
+    forward = functools.partial(call.module.propagation_forward, chunk=call.chunk)
+    inputs = (x, logits, lam, gate, skip, merge)
+    states = PartitionSpec(None, *call.axes.map_spec(4))
+    y, h = sharded(forward, call.axes, _propagation_specs(call, skip), (call.axes.map_spec(4), states))(*inputs)
+    return y, (inputs, h)
+
+
+def _propagation_backward(call, residuals, grad_y):
+    inputs, h = residuals
+
+    def backward(inputs, h, grad_y):
+        *gradients, grad_merge = call.module.propagation_backward(*inputs, h, grad_y, chunk=call.chunk)
+        gradients[1] = _summed(gradients[1], _over_shared_weights(call))
+        return *gradients, _summed(grad_merge, call.axes.names)
+
+    specs = _propagation_specs(call, inputs[4])
+    states = PartitionSpec(None, *call.axes.map_spec(4))
+    return sharded(backward, call.axes, (specs, states, call.axes.map_spec(4)), specs)(inputs, h, grad_y)
+
+
+propagation.defvjp(_propagation_forward, _propagation_backward)
+
+
+def _propagation_specs(call: Call, skip: jax.Array | None) -> tuple:
+    """Partition specs of x, logits, lam, gate, skip and merge."""
+    maps = call.axes.map_spec(5)
+    return call.axes.map_spec(4), call.axes.weight_spec(6), maps, maps, None if skip is None else maps, PartitionSpec()

@@ -1,0 +1,32 @@
+"""Settings of every test: eight CPU devices, no silent promotion of dtypes or ranks, repeatable examples.
+
+`JAX_PLATFORMS=cuda,cpu make test` also runs the tests that need an NVIDIA GPU; without it everything is on the CPU.
+"""
+
+import os
+
+# Before jax is imported, and in the environment, so that the processes that tests start see it as well.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Derandomized: an example that fails in one run fails in all. No deadline: the first example compiles.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+hypothesis.settings.load_profile("repeatable")
+
+
+def _has_nvidia_gpu() -> bool:
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not _has_nvidia_gpu():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU visible to JAX"))
