@@ -1,0 +1,43 @@
+"""Softmax self-attention: the baseline."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+HEAD_WIDTH = 32
+
+
+class SoftmaxAttention(nnx.Module):
+    """Multi-head softmax self-attention over all pixels of a map, (B, H, W, C) to (B, H, W, C).
+
+    Without positional embedding, like GSPN: in the classifiers the depthwise convolution before it sees positions.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        num_heads: int | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Args:
+        features: C.
+        num_heads: a divisor of C; by default the largest number of heads of at least 32 channels that divides it.
+        dtype: of the computation; the softmax is float32.
+        """
+        if num_heads is None:
+            num_heads = next(n for n in range(max(features // HEAD_WIDTH, 1), 0, -1) if features % n == 0)
+        if num_heads < 1 or features % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of features = {features}, got {num_heads}")
+        self.num_heads = num_heads
+        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.qkv = nnx.Linear(features, 3 * features, use_bias=False, **options)
+        self.out = nnx.Linear(features, features, use_bias=False, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, features = x.shape
+        shape = (batch, height * width, 3, self.num_heads, features // self.num_heads)
+        query, key, value = jnp.moveaxis(self.qkv(x).reshape(shape), 2, 0)
+        return self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))

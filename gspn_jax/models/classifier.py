@@ -1,0 +1,187 @@
+"""GSPN classifiers (GSPN, section 4.1): four stages of local and global propagation blocks.
+
+The network that the authors released: a convolutional stem, stages of blocks at strides 4, 8, 16 and 32, each block a
+GSPN module between two projections and an MLP, a linear head on the mean of the last map.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gspn_jax.models import layers
+
+MixerBuilder = Callable[..., nnx.Module]
+
+_STEM_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}
+_ACTIVATIONS = {"none": lambda x: x, "silu": jax.nn.silu}
+
+
+def is_global(index: int) -> bool:
+    """Whether block `index` of a stage with global propagation propagates globally: the first 7, then each 7th."""
+    return index < 7 or (index + 1) % 7 == 0
+
+
+class Block(nnx.Module):
+    """x + mixing(norm(x)), then x + MLP(norm(x)); mixing widens to the mixer's channels and narrows again."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        mixer: MixerBuilder,
+        chunk: int | None,
+        expansion: float,
+        mlp_ratio: float,
+        drop_path: float,
+        activation: str,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        inner = round(expansion * features)
+        project = functools.partial(nnx.Linear, use_bias=False, kernel_init=layers.NORMAL, dtype=dtype, rngs=rngs)
+        self.norm = layers.layer_norm(features, dtype=dtype, rngs=rngs)
+        self.widen = project(features, inner)
+        self.depthwise = layers.DepthwiseConv(inner, 7, dtype=dtype, rngs=rngs)
+        self.activation = activation
+        self.mixer = mixer(inner, chunk=chunk, dtype=dtype, rngs=rngs)
+        self.mixer_norm = layers.layer_norm(inner, dtype=dtype, rngs=rngs)
+        self.response_norm = layers.GlobalResponseNorm(inner)
+        self.narrow = project(inner, features)
+        self.mlp_norm = layers.layer_norm(features, dtype=dtype, rngs=rngs)
+        self.mlp = layers.MLP(features, round(mlp_ratio * features), dtype=dtype, rngs=rngs)
+        self.drop_path = drop_path
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        first, second = (None, None) if key is None else jax.random.split(key)
+        x = layers.residual(x, self._mix, self.drop_path, first)
+        return layers.residual(x, lambda y: self.mlp(self.mlp_norm(y)), self.drop_path, second)
+
+    def _mix(self, x: jax.Array) -> jax.Array:
+        x = _ACTIVATIONS[self.activation](self.depthwise(self.widen(self.norm(x))))
+        return self.narrow(self.response_norm(self.mixer_norm(self.mixer(x))))
+
+
+class Stem(nnx.Module):
+    """Images to the first map: two 3x3 convolutions of strides 2, 2 (or 2, 1 or 1, 1), each with its norm."""
+
+    def __init__(self, features: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        first, second = _STEM_STRIDES[stride]
+        self.dtype = dtype
+        self.first = layers.conv3x3(3, features // 2, first, dtype=dtype, rngs=rngs)
+        self.first_norm = layers.layer_norm(features // 2, dtype=dtype, rngs=rngs)
+        self.second = layers.conv3x3(features // 2, features, second, dtype=dtype, rngs=rngs)
+        self.second_norm = layers.layer_norm(features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = self.first_norm(self.first(images.astype(self.dtype)))
+        return self.second_norm(self.second(jax.nn.gelu(x, approximate=False)))
+
+
+class Downsample(nnx.Module):
+    """Half the size, other channels: a 3x3 convolution of stride 2 and its norm."""
+
+    def __init__(self, inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.conv = layers.conv3x3(inputs, outputs, 2, dtype=dtype, rngs=rngs)
+        self.norm = layers.layer_norm(outputs, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(self.conv(x))
+
+
+class Classifier(nnx.Module):
+    """Images (B, H, W, 3), normalised, to logits (B, num_classes) in float32. Any H, W >= 1, square or not."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        *,
+        mixer: MixerBuilder,
+        global_stages: Sequence[int] = (),
+        chunk: int = 2,
+        stem_stride: int = 4,
+        expansion: float = 1.5,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        activation: str = "none",
+        remat: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Args:
+        widths, depths: channels and blocks of each stage.
+        mixer: called as mixer(channels, chunk=..., dtype=..., rngs=...) for each block, gives a module on maps.
+        global_stages: stages, counted from 0, in which the blocks of `is_global` get chunk None.
+        chunk: of the other blocks, in lines.
+        stem_stride: 4, 2 or 1 pixels of the image to one of the first map.
+        expansion: the mixer's channels by the block's.
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        activation: between depthwise convolution and mixer: "none", as in the released code, or "silu", as in the
+          paper's figure.
+        remat: computes each block again in the backward pass instead of keeping what is inside it.
+        dtype: of the computation; parameters are float32.
+        """
+        if len(widths) != len(depths) or not widths:
+            raise ValueError(f"depths: expected one for each of {len(widths)} widths (at least 1), got {len(depths)}")
+        if not set(global_stages) <= set(range(len(widths))):
+            raise ValueError(f"global_stages: expected stages in 0..{len(widths) - 1}, got {tuple(global_stages)}")
+        if stem_stride not in _STEM_STRIDES:
+            raise ValueError(f"stem_stride: expected one of {', '.join(map(str, _STEM_STRIDES))}; got {stem_stride!r}")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path: expected a probability in [0, 1), got {drop_path}")
+        dtype = jnp.dtype(dtype)
+        self.remat = remat
+        self.stem = Stem(widths[0], stem_stride, dtype=dtype, rngs=rngs)
+        block = functools.partial(
+            Block, mixer=mixer, expansion=expansion, mlp_ratio=mlp_ratio, activation=activation, dtype=dtype, rngs=rngs
+        )
+        total = sum(depths)
+        rates = iter([drop_path * i / max(total - 1, 1) for i in range(total)])
+        self.stages = nnx.List()
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            chunks = [None if stage in global_stages and is_global(index) else chunk for index in range(depth)]
+            self.stages.append(nnx.List([block(width, chunk=c, drop_path=next(rates)) for c in chunks]))
+        self.downsamples = nnx.List(
+            [Downsample(*pair, dtype=dtype, rngs=rngs) for pair in zip(widths[:-1], widths[1:], strict=True)]
+        )
+        self.norm = layers.layer_norm(widths[-1], dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(widths[-1], num_classes, kernel_init=layers.NORMAL, rngs=rngs)
+
+    def stage_maps(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
+        """The map at the end of each stage, finest first, for use as a backbone.
+
+        Args:
+          images: (B, H, W, 3), normalised.
+          key: for stochastic depth; None for inference.
+
+        Returns:
+          (B, ceil(H / s), ceil(W / s), width) in the dtype of the computation, s the stem's stride times 1, 2, 4, 8.
+        """
+        if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape) < 1:
+            raise ValueError(f"images: expected shape (B, H, W, 3), got {images.shape}")
+        x, maps = self.stem(images), []
+        for stage, blocks in enumerate(self.stages):
+            if stage:
+                x = self.downsamples[stage - 1](x)
+            for index, block in enumerate(blocks):
+                block_key = None if key is None else jax.random.fold_in(key, 1000 * stage + index)
+                x = (jax.checkpoint(block) if self.remat else block)(x, block_key)
+            maps.append(x)
+        return maps
+
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Args:
+          images: (B, H, W, 3), normalised.
+          key: for stochastic depth while training; None for inference.
+
+        Returns:
+          logits, (B, num_classes) float32.
+        """
+        x = self.norm(self.stage_maps(images, key=key)[-1])
+        return self.head(jnp.mean(x.astype(self.head.param_dtype), axis=(1, 2)))

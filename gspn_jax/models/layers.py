@@ -1,0 +1,89 @@
+"""Layers that several networks share, as the authors' programs define them."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gspn_jax.models.depthwise import depthwise_conv, sum_dtype
+
+# What PyTorch starts a convolution with, weights and bias alike: uniform in +-1 / sqrt(fan in).
+FAN_IN_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# Of their linear layers. Theirs is cut off at 100 standard deviations: never.
+NORMAL = nnx.initializers.normal(0.02)
+
+
+def layer_norm(features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.LayerNorm:
+    """LayerNorm over channels, statistics in float32 from centred values."""
+    return nnx.LayerNorm(features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def conv3x3(inputs: int, outputs: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
+    """3x3 convolution with bias and a border of one zero on every side: H becomes ceil(H / stride)."""
+    bound = (9 * inputs) ** -0.5
+
+    def bias_init(key, shape, dtype, **unused):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nnx.Conv(
+        inputs, outputs, (3, 3), strides=stride, padding=1, kernel_init=FAN_IN_UNIFORM, bias_init=bias_init,
+        dtype=dtype, rngs=rngs,
+    )  # fmt: skip
+
+
+class DepthwiseConv(nnx.Module):
+    """n x n depthwise convolution, (B, H, W, C) to (B, H, W, C)."""
+
+    def __init__(self, features: int, size: int, *, use_bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
+        bound = 1 / size  # fan in is size * size
+        self.dtype = dtype
+        self.kernel = nnx.Param(
+            jax.random.uniform(rngs.params(), (size, size, 1, features), minval=-bound, maxval=bound)
+        )
+        bias = jax.random.uniform(rngs.params(), (features,), minval=-bound, maxval=bound) if use_bias else None
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = depthwise_conv(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, None]
+
+
+class GlobalResponseNorm(nnx.Module):
+    """GRN of ConvNeXt V2: each channel scaled by its norm over the map, relative to the mean of the channels' norms."""
+
+    def __init__(self, features: int, *, epsilon: float = 1e-6):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.zeros(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = sum_dtype(x)
+        wide = x.astype(dtype)
+        # The root of an all-zero map has no gradient: the tiny term gives it one, and is lost in any other sum.
+        norm = jnp.sqrt(jnp.sum(wide * wide, axis=(1, 2), keepdims=True) + jnp.finfo(jnp.float32).tiny)
+        relative = norm / (jnp.mean(norm, axis=-1, keepdims=True) + self.epsilon)
+        scale, bias = (param[...].astype(dtype)[None, None, None] for param in (self.scale, self.bias))
+        return (scale * (wide * relative) + bias + wide).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Linear, GELU (erf form), linear."""
+
+    def __init__(self, features: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        options = dict(kernel_init=NORMAL, dtype=dtype, rngs=rngs)
+        self.widen = nnx.Linear(features, hidden, **options)
+        self.narrow = nnx.Linear(hidden, features, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.narrow(jax.nn.gelu(self.widen(x), approximate=False))
+
+
+def residual(x: jax.Array, branch: Callable[[jax.Array], jax.Array], rate: float, key: jax.Array | None) -> jax.Array:
+    """x + branch(x) with stochastic depth: an image loses the branch with probability `rate`, else it counts
+    1 / (1 - rate) times. `key` None keeps every branch."""
+    y = branch(x)
+    if key is None or rate == 0:
+        return x + y
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1, 1))
+    return x + jnp.where(keep, y / jnp.asarray(1 - rate, y.dtype), 0)

@@ -1,0 +1,50 @@
+"""What a model consists of, in lines that a person reads at the start of a run."""
+
+import itertools
+import math
+
+import jax
+from flax import nnx
+
+from gspn_jax.mixers import GSPNMixer
+from pallas_kernels import record_choices
+from pallas_kernels.dispatch import Choice
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """Number of parameters; also of a model built under `nnx.eval_shape`."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def layer_report(model: nnx.Module, image_shape: tuple[int, ...]) -> list[str]:
+    """What each propagation layer runs: one line for layers in a row that agree in everything.
+
+    Args:
+      model: called on images; nothing is computed, only traced.
+      image_shape: (B, H, W, 3).
+
+    Returns:
+      lines of the paths, the map, the reach of the scans, the implementation and why it was chosen.
+    """
+    mixers = [("/".join(map(str, path)), node) for path, node in nnx.iter_graph(model) if isinstance(node, GSPNMixer)]
+    if not mixers:
+        return ["no propagation layer"]
+    with record_choices() as choices:
+        nnx.eval_shape(lambda module, images: module(images), model, jax.ShapeDtypeStruct(image_shape, "float32"))
+    # Layers run in the order of their paths, each with as many operations: 1, or 4 scans where maps are unturned.
+    each = len(choices) // len(mixers)
+    described = [
+        (_describe(mixer, choice), path) for (path, mixer), choice in zip(mixers, choices[::each], strict=True)
+    ]
+    lines = []
+    for description, group in itertools.groupby(described, key=lambda pair: pair[0]):
+        paths = [path for _, path in group]
+        lines.append(f"{paths[0] if len(paths) == 1 else f'{paths[0]} to {paths[-1]}'}: {description}")
+    return lines
+
+
+def _describe(mixer: GSPNMixer, choice: Choice) -> str:
+    _, height, width, channels = choice.shape
+    reach = "global" if mixer.chunk is None else f"chunk {mixer.chunk}"
+    where = f"{height}x{width}x{channels}, {reach}, {mixer.alignment}"
+    return f"{choice.operation} {where}: {choice.implementation} ({choice.reason})"

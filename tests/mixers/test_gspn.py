@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gspn_jax.mixers import GSPNMixer
+from gspn_jax.mixers.gspn import _padded_channels
+from tests.pallas_kernels import numpy_scan
+from tests.tolerances import assert_close
+
+
+def numpy_mixer(mixer, x):
+    """The module's equations in float64, without any padding."""
+
+    def kernel(layer):
+        return np.asarray(layer.kernel[...], np.float64)
+
+    proxy = x @ kernel(mixer.proxy)
+    if mixer.reduce is not None:
+        x = x @ kernel(mixer.reduce)
+    logits = (proxy @ kernel(mixer.logits)).reshape(*x.shape[:3], 4, 3, mixer.weight_channels)
+    lam, gate, skip = (
+        (proxy @ kernel(layer)).reshape(*x.shape[:3], 4, x.shape[-1]) for layer in (mixer.lam, mixer.gate, mixer.skip)
+    )
+    maps = (x, logits, lam, gate, skip, np.asarray(mixer.merge[...], np.float64))
+    propagate = numpy_scan.propagate if mixer.alignment == "aligned" else numpy_scan.propagate_unturned
+    y = propagate(*maps, mixer.chunk)
+    return y if mixer.expand is None else y @ kernel(mixer.expand)
+
+
+@pytest.mark.parametrize("features,options", [
+    (8, {}), (12, {}), (5, dict(chunk=2)), (6, dict(weight_channels=1)), (12, dict(weight_channels=4)),
+    (10, dict(weight_channels=2, chunk=3)), (6, dict(propagation_channels=3, weight_channels=1)),
+    (4, dict(propagation_channels=16)), (6, dict(alignment="unturned")),
+])  # fmt: skip
+def test_agrees_with_the_equations(features, options):
+    mixer = GSPNMixer(features, proxy_rank=3, rngs=nnx.Rngs(0), **options)
+    size = (5, 5) if options.get("alignment") == "unturned" else (4, 6)
+    x = np.random.default_rng(0).normal(size=(2, *size, features))
+    got = jax.jit(lambda array: mixer(array))(jnp.asarray(x, jnp.float32))
+    assert_close(got, numpy_mixer(mixer, x), dtype="float32", tolerance=3e-6)
+
+
+@pytest.mark.parametrize("channels,weight_channels,want", [
+    (144, 144, (144, 1)), (162, 162, (168, 1)), (180, 1, (1, 184)), (180, 2, (2, 92)), (180, 60, (64, 3)), 
+    (900, 900, (904, 1)), (1, 1, (8, 1)), (1152, 4, (4, 288)),
+])  # fmt: skip
+def test_propagates_a_multiple_of_8_channels(channels, weight_channels, want):
+    got = _padded_channels(channels, weight_channels)
+    assert got == want and got[0] * got[1] % 8 == 0
+
+
+def test_parameters_do_not_know_of_the_padding():
+    mixer = GSPNMixer(5, proxy_rank=3, weight_channels=1, rngs=nnx.Rngs(0))
+    shapes = {"/".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(mixer))}
+    assert shapes == {
+        "proxy/kernel": (5, 3), "logits/kernel": (3, 12), "lam/kernel": (3, 20), "gate/kernel": (3, 20),
+        "skip/kernel": (3, 20), "merge": (4,),
+    }  # fmt: skip
+
+
+def test_bfloat16_stays_close_to_float32():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 9, 7, 16)), jnp.float32)
+    wide = GSPNMixer(16, proxy_rank=4, rngs=nnx.Rngs(0))(x)
+    narrow = GSPNMixer(16, proxy_rank=4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x)
+    assert_close(narrow, wide, dtype="bfloat16", tolerance=0.02)
+
+
+def test_starts_like_a_convolution_of_its_fan_in():
+    mixer = GSPNMixer(64, proxy_rank=16, rngs=nnx.Rngs(0))
+    for layer, bound in ((mixer.proxy, 1 / 8), (mixer.lam, 1 / 4), (mixer.logits, 1 / 4)):
+        kernel = np.abs(np.asarray(layer.kernel[...]))
+        assert 0.99 * bound < kernel.max() <= bound
+        assert abs(kernel.mean() - bound / 2) < 0.01
+    assert np.all(np.abs(np.asarray(mixer.merge[...])) <= 0.5)
+
+
+@pytest.mark.parametrize("options,words", [
+    (dict(features=0), ("features", "at least 1", "0")),
+    (dict(proxy_rank=0), ("proxy_rank", "at least 1", "0")),
+    (dict(weight_channels=3), ("weight_channels", "divisor of 8", "3")),
+    (dict(propagation_channels=4, weight_channels=8), ("weight_channels", "divisor of 4", "8")),
+])  # fmt: skip
+def test_bad_arguments(options, words):
+    with pytest.raises(ValueError) as error:
+        GSPNMixer(**{"features": 8, **options}, rngs=nnx.Rngs(0))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_every_parameter_gets_a_gradient():
+    mixer = GSPNMixer(6, proxy_rank=3, propagation_channels=4, weight_channels=2, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(mixer)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 4, 3, 6)), jnp.float32)
+    gradients = jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graph, p)(x))))(params)
+    assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients))
