@@ -75,7 +75,7 @@ def propagation(call: Call, x, logits, lam, gate, skip, merge) -> jax.Array:
 def _propagation_forward(call, x, logits, lam, gate, skip, merge):
     forward = functools.partial(call.module.propagation_forward, chunk=call.chunk)
     inputs = (x, logits, lam, gate, skip, merge)
-    states = PartitionSpec(None, *call.axes.map_spec(4))
+    states = (call.axes.map_spec(4),) * 4
     y, h = sharded(forward, call.axes, _propagation_specs(call, skip), (call.axes.map_spec(4), states))(*inputs)
     return y, (inputs, h)
 
@@ -89,7 +89,7 @@ def _propagation_backward(call, residuals, grad_y):
         return *gradients, _summed(grad_merge, call.axes.names)
 
     specs = _propagation_specs(call, inputs[4])
-    states = PartitionSpec(None, *call.axes.map_spec(4))
+    states = (call.axes.map_spec(4),) * 4
     return sharded(backward, call.axes, (specs, states, call.axes.map_spec(4)), specs)(inputs, h, grad_y)
 
 

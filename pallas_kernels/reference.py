@@ -1,162 +1,176 @@
-"""The `lax.scan` implementation, forward and backward: the oracle, and what runs where there is no kernel.
+"""The `lax.scan` implementation, forward and backward: the oracle, and what runs where there is no kernel."""
 
-Maps are laid out as (k, n, B, P, ...): k lines of each of n chunks, P pixels on a line. The scan runs over the first
-axis, so that chunks advance together.
-"""
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.checks import state_dtype
-from pallas_kernels.directions import DIRECTIONS, walked_axis, walks_back
-from pallas_kernels.stability import row_stochastic
+from pallas_kernels.directions import DIRECTIONS
+from pallas_kernels.stability import normalise
+from pallas_kernels.walk import Walk, gathered, spread
+
+_SLOTS = range(3)
 
 
 def scan_forward(x: jax.Array, weights: jax.Array, lam: jax.Array, direction: str, chunk: int | None) -> jax.Array:
     """h of `line_scan`: (B, H, W, C) in x's dtype."""
+    walk = Walk(direction, x.shape, chunk)
     dtype = state_dtype(x)
-    # (k, n, B, P, C), weights (k, n, B, P, 3, C_w)
-    lines = [_to_lines(array, direction, chunk) for array in (x, weights, lam)]
+    x_view, w_view, lam_view = (walk.chunks(array) for array in (x, weights, lam))
 
-    def step(previous, line):
-        x_line, w_line, lam_line = line
-        h = _gather(w_line.astype(dtype), previous) + lam_line.astype(dtype) * x_line.astype(dtype)
-        return h, h.astype(x.dtype)
+    def step(carry, index):
+        halo, h = carry
+        w_lines = [walk.line(w_view, index, slot).astype(dtype) for slot in _SLOTS]
+        line = _mix(walk, w_lines, halo) + walk.line(lam_view, index).astype(dtype) * walk.line(x_view, index).astype(
+            dtype
+        )
+        return (walk.fill(halo, line), walk.put(h, line, index)), None
 
-    # The first line has no predecessor: it starts the state, and its weights are never read.
-    first = lines[2][0].astype(dtype) * lines[0][0].astype(dtype)
-    _, rest = lax.scan(step, first, tuple(array[1:] for array in lines))
-    return _from_lines(jnp.concatenate([first.astype(x.dtype)[None], rest]), x.shape, direction)
+    start = walk.halo(walk.line(x_view, 0).astype(dtype)), jnp.zeros_like(x_view)
+    (_, h), _ = lax.scan(step, start, jnp.arange(walk.lines))
+    return walk.whole(h)
 
 
 def scan_backward(
     x: jax.Array, weights: jax.Array, lam: jax.Array, h: jax.Array, grad_h: jax.Array, direction: str, chunk: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of x, weights and lam, each in its own dtype: the scan walked backwards on `grad_h`."""
+    walk = Walk(direction, x.shape, chunk)
     dtype = state_dtype(x)
-    grad_lines, w_lines, h_lines = (_to_lines(array, direction, chunk) for array in (grad_h, weights, h))
+    x_view, w_view, lam_view, h_view, grad_view = (walk.chunks(array) for array in (x, weights, lam, h, grad_h))
 
-    def step(following, line):
-        grad_line, w_following = line
-        total = grad_line.astype(dtype) + _scatter(w_following.astype(dtype), following)
-        return total, total
+    def step(carry, index):
+        passed, before, grad_x, grad_w, grad_lam = carry
+        total = walk.line(grad_view, index).astype(dtype) + _unmix(walk, passed)
+        w_lines = [walk.line(w_view, index, slot).astype(dtype) for slot in _SLOTS]
+        before = walk.fill(before, _line_before(walk, h_view, index, dtype))
+        for slot, neighbour in enumerate(walk.neighbours(before)):
+            grad_w = walk.put(grad_w, gathered(total * neighbour, weights.shape[-1]), index, slot)
+        grad_x = walk.put(grad_x, walk.line(lam_view, index).astype(dtype) * total, index)
+        grad_lam = walk.put(grad_lam, walk.line(x_view, index).astype(dtype) * total, index)
+        return (_pass_back(walk, passed, w_lines, total), before, grad_x, grad_w, grad_lam), None
 
-    last = grad_lines[-1].astype(dtype)
-    _, totals = lax.scan(step, last, (grad_lines[:-1], w_lines[1:]), reverse=True)
-    totals = jnp.concatenate([totals, last[None]])  # dL/dh, (k, n, B, P, C)
-
-    weight_channels = weights.shape[-1]
-    neighbours = jnp.stack(_neighbours(h_lines[:-1].astype(dtype)), axis=-2)
-    products = totals[1:, ..., None, :] * neighbours
-    grad_w = products.reshape(*products.shape[:-1], weight_channels, x.shape[-1] // weight_channels).sum(-1)
-    grad_w = jnp.concatenate([jnp.zeros_like(grad_w, shape=(1, *w_lines.shape[1:])), grad_w])
-
-    total = _from_lines(totals, x.shape, direction)
-    grad_x = (lam.astype(dtype) * total).astype(x.dtype)
-    grad_lam = (x.astype(dtype) * total).astype(lam.dtype)
-    return grad_x, _from_lines(grad_w, weights.shape, direction).astype(weights.dtype), grad_lam
+    halo = walk.halo(walk.line(x_view, 0).astype(dtype))
+    start = [halo] * 3, halo, *(jnp.zeros_like(view) for view in (x_view, w_view, lam_view))
+    (_, _, *grads), _ = lax.scan(step, start, jnp.arange(walk.lines), reverse=True)
+    grad_x, grad_weights, grad_lam = (walk.whole(grad) for grad in grads)
+    return grad_x, grad_weights, grad_lam
 
 
-def _neighbours(h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """h at the pixel of smaller index, the same, and larger index on its line (axis -2); 0 outside."""
-    padded = jnp.pad(h, [(0, 0)] * (h.ndim - 2) + [(1, 1), (0, 0)])
-    return padded[..., :-2, :], h, padded[..., 2:, :]
-
-
-def _gather(w: jax.Array, h: jax.Array) -> jax.Array:
-    """sum_k w[j, k] * h[j + k - 1] on a line; w (..., P, 3, C_w), h (..., P, C)."""
-    w = _spread(w, h.shape[-1])
-    smaller, same, larger = _neighbours(h)
-    return w[..., 1, :] * same + (w[..., 0, :] * smaller + w[..., 2, :] * larger)
-
-
-def _scatter(w: jax.Array, g: jax.Array) -> jax.Array:
-    """The transpose of `_gather`: what h[j] gets back from the pixels that read it."""
-    w = _spread(w, g.shape[-1])
-    smaller, same, larger = (w[..., slot, :] * g for slot in range(3))
-    # Slot 0 of pixel j read h[j - 1]: h[j] gets its share back from pixel j + 1; slot 2 likewise from pixel j - 1.
-    return same + (_neighbours(smaller)[2] + _neighbours(larger)[0])
-
-
-def _spread(w: jax.Array, channels: int) -> jax.Array:
-    """Weights of one line for every channel: channel c uses weight channel c // (C / C_w)."""
-    weight_channels = w.shape[-1]
-    return w if weight_channels in (1, channels) else jnp.repeat(w, channels // weight_channels, axis=-1)
-
-
-def _to_lines(array: jax.Array, direction: str, chunk: int | None) -> jax.Array:
-    """(B, H, W, ...) to (k, n, B, P, ...), lines in the order of the walk; zeros fill the last chunk."""
-    array = jnp.moveaxis(array, walked_axis(direction), 0)
-    if walks_back(direction):
-        array = array[::-1]
-    length = array.shape[0]
-    lines = min(chunk or length, length)
-    chunks = -(-length // lines)
-    array = jnp.pad(array, [(0, chunks * lines - length)] + [(0, 0)] * (array.ndim - 1))
-    return jnp.swapaxes(array.reshape(chunks, lines, *array.shape[1:]), 0, 1)
-
-
-def _from_lines(array: jax.Array, shape: tuple[int, ...], direction: str) -> jax.Array:
-    """The inverse of `_to_lines`, to an array of `shape`."""
-    axis = walked_axis(direction)
-    array = jnp.swapaxes(array, 0, 1)
-    array = array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])[: shape[axis]]
-    if walks_back(direction):
-        array = array[::-1]
-    return jnp.moveaxis(array, 0, axis)
-
-
-def propagation_forward(x, logits, lam, gate, skip, merge, chunk: int | None) -> tuple[jax.Array, jax.Array]:
-    """y of the aligned `propagate`, and the four h, (4, B, H, W, C) in x's dtype."""
+def propagation_forward(x, logits, lam, gate, skip, merge, chunk: int | None) -> tuple[jax.Array, tuple]:
+    """y of the aligned `propagate`, and the four h, (B, H, W, C) in x's dtype. Each direction adds its part to y."""
     dtype = state_dtype(x)
+    merge = merge.astype(dtype)
     y, states = jnp.zeros_like(x, dtype), []
     for d, direction in enumerate(DIRECTIONS):
-        weights = row_stochastic(logits[:, :, :, d], direction=direction)
-        h = scan_forward(x, weights, lam[:, :, :, d], direction, chunk)
-        part = gate[:, :, :, d].astype(dtype) * h.astype(dtype)
-        if skip is not None:
-            part = part + skip[:, :, :, d].astype(dtype) * x.astype(dtype)
-        y = y + merge[d].astype(dtype) * part
-        states.append(h)
-    return y.astype(x.dtype), jnp.stack(states)
+        walk = Walk(direction, x.shape, chunk)
+        x_view, logit_view, *views = (None if a is None else walk.chunks(a) for a in (x, logits, lam, gate, skip))
+
+        def step(carry, index, walk=walk, x_view=x_view, logit_view=logit_view, views=views, d=d):
+            halo, h, y = carry
+            x_line = walk.line(x_view, index).astype(dtype)
+            lam_line, gate_line, skip_line = _map_lines(walk, views, index, d, dtype)
+            line = _mix(walk, _weights(walk, _logit_lines(walk, logit_view, index, d), dtype), halo) + lam_line * x_line
+            # What the gate meets is h as it is kept, so that forward and backward agree.
+            part = gate_line * line.astype(x.dtype).astype(dtype)
+            if skip_line is not None:
+                part = part + skip_line * x_line
+            y = walk.put(y, walk.line(y, index) + merge[d] * part, index)
+            return (walk.fill(halo, line), walk.put(h, line, index), y), None
+
+        start = walk.halo(walk.line(x_view, 0).astype(dtype)), jnp.zeros_like(x_view), walk.chunks(y)
+        (_, h, y), _ = lax.scan(step, start, jnp.arange(walk.lines))
+        y = walk.whole(y)
+        states.append(walk.whole(h))
+    return y.astype(x.dtype), tuple(states)
 
 
 def propagation_backward(x, logits, lam, gate, skip, merge, h, grad_y, chunk: int | None) -> tuple:
     """Gradients of x, logits, lam, gate, skip (None where skip is) and merge, each in its own dtype."""
     dtype = state_dtype(x)
-    wide_x, grad_y = x.astype(dtype), grad_y.astype(dtype)
-    grad_x, grad_logits, grad_lam, grad_gate, grad_skip, grad_merge = jnp.zeros_like(wide_x), [], [], [], [], []
+    wide_merge = merge.astype(dtype)
+    grad_x, grad_merge = jnp.zeros_like(x, dtype), []
+    grads = [None if array is None else jnp.zeros_like(array) for array in (logits, lam, gate, skip)]
     for d, direction in enumerate(DIRECTIONS):
-        weights, normalise = jax.vjp(
-            lambda array, way=direction: row_stochastic(array, direction=way), logits[:, :, :, d]
-        )
-        scaled = merge[d].astype(dtype) * grad_y
-        wide_h, wide_gate = h[d].astype(dtype), gate[:, :, :, d].astype(dtype)
-        part = wide_gate * wide_h
-        if skip is not None:
-            wide_skip = skip[:, :, :, d].astype(dtype)
-            part = part + wide_skip * wide_x
-            grad_x = grad_x + scaled * wide_skip
-            grad_skip.append(scaled * wide_x)
-        # The gradient enters the backward scan in the state's dtype: it has not been rounded to x's.
-        g_x, g_weights, g_lam = scan_backward(
-            wide_x, weights, lam[:, :, :, d], h[d], scaled * wide_gate, direction, chunk
-        )
-        grad_x = grad_x + g_x
-        grad_logits.append(normalise(g_weights)[0])
-        grad_lam.append(g_lam)
-        grad_gate.append(scaled * wide_h)
-        grad_merge.append(jnp.sum(grad_y * part))
+        walk = Walk(direction, x.shape, chunk)
+        x_view, h_view, grad_view, logit_view = (walk.chunks(array) for array in (x, h[d], grad_y, logits))
+        views = [None if array is None else walk.chunks(array) for array in (lam, gate, skip)]
 
-    def stacked(parts, like):
-        return jnp.stack(parts, axis=3).astype(like.dtype)
+        def step(
+            carry, index, walk=walk, x_view=x_view, h_view=h_view, grad_view=grad_view, logit_view=logit_view,
+            views=views, d=d,
+        ):  # fmt: skip
+            passed, before, of_merge, grad_x, (grad_logits, *grad_maps) = carry
+            x_line, h_line, grad_line = (walk.line(view, index).astype(dtype) for view in (x_view, h_view, grad_view))
+            lam_line, gate_line, skip_line = _map_lines(walk, views, index, d, dtype)
+            weights, to_logits = jax.vjp(
+                lambda lines: _weights(walk, lines, dtype), _logit_lines(walk, logit_view, index, d)
+            )
+            scaled = wide_merge[d] * grad_line
+            total = scaled * gate_line + _unmix(walk, passed)  # of h
+            to_x, part = lam_line * total, gate_line * h_line
+            if skip_line is not None:
+                to_x, part = to_x + skip_line * scaled, part + skip_line * x_line
 
-    return (
-        grad_x.astype(x.dtype),
-        stacked(grad_logits, logits),
-        stacked(grad_lam, lam),
-        stacked(grad_gate, gate),
-        None if skip is None else stacked(grad_skip, skip),
-        jnp.stack(grad_merge).astype(merge.dtype),
-    )
+            before = walk.fill(before, _line_before(walk, h_view, index, dtype))
+            of_weights = [gathered(total * line, logits.shape[-1]) for line in walk.neighbours(before)]
+            for slot, line in enumerate(to_logits(of_weights)[0]):
+                grad_logits = walk.put(grad_logits, line, index, d, slot)
+            of_maps = x_line * total, h_line * scaled, x_line * scaled
+            grad_maps = [
+                None if grad is None else walk.put(grad, line, index, d)
+                for grad, line in zip(grad_maps, of_maps, strict=True)
+            ]
+            grad_x = walk.put(grad_x, walk.line(grad_x, index) + to_x, index)
+            passed = _pass_back(walk, passed, weights, total)
+            return (passed, before, of_merge + grad_line * part, grad_x, [grad_logits, *grad_maps]), None
+
+        zero = jnp.zeros_like(walk.line(x_view, 0), dtype)
+        halo = walk.halo(zero)
+        grads = [None if grad is None else walk.chunks(grad) for grad in grads]
+        start = [halo] * 3, halo, zero, walk.chunks(grad_x), grads
+        (_, _, of_merge, grad_x, grads), _ = lax.scan(step, start, jnp.arange(walk.lines), reverse=True)
+        grad_x = walk.whole(grad_x)
+        grads = [None if grad is None else walk.whole(grad) for grad in grads]
+        grad_merge.append(jnp.sum(of_merge))
+    return grad_x.astype(x.dtype), *grads, jnp.stack(grad_merge).astype(merge.dtype)
+
+
+def _mix(walk: Walk, weights: Sequence[jax.Array], halo: jax.Array) -> jax.Array:
+    """The tridiagonal mix of the line in `halo`."""
+    channels = halo.shape[-1]
+    smaller, same, larger = (spread(w, channels) * h for w, h in zip(weights, walk.neighbours(halo), strict=True))
+    return same + (smaller + larger)
+
+
+def _pass_back(walk: Walk, passed: list, weights: Sequence[jax.Array], total: jax.Array) -> list[jax.Array]:
+    """What a line passes back to the one before it, slot by slot, still at the pixels that read it."""
+    channels = total.shape[-1]
+    return [walk.fill(halo, spread(w, channels) * total) for halo, w in zip(passed, weights, strict=True)]
+
+
+def _unmix(walk: Walk, passed: list[jax.Array]) -> jax.Array:
+    """The transpose of `_mix`: slot 0 of pixel j read h[j - 1], so pixel j gets slot 0 of pixel j + 1, and so on."""
+    smaller, same, larger = (walk.neighbours(halo)[2 - slot] for slot, halo in enumerate(passed))
+    return same + (smaller + larger)
+
+
+def _line_before(walk: Walk, h_view: jax.Array, index, dtype: jnp.dtype) -> jax.Array:
+    """h of the line before `index`; zeros before the first."""
+    line = walk.line(h_view, jnp.maximum(index - 1, 0)).astype(dtype)
+    return jnp.where(index == 0, jnp.zeros_like(line), line)
+
+
+def _map_lines(walk: Walk, views: Sequence[jax.Array | None], index, d: int, dtype: jnp.dtype) -> list:
+    return [None if view is None else walk.line(view, index, d).astype(dtype) for view in views]
+
+
+def _logit_lines(walk: Walk, logit_view: jax.Array, index, d: int) -> list[jax.Array]:
+    return [walk.line(logit_view, index, d, slot) for slot in _SLOTS]
+
+
+def _weights(walk: Walk, logit_lines: Sequence[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
+    wide = (line.astype(state_dtype(line)) for line in logit_lines)
+    return [weight.astype(dtype) for weight in normalise(walk.pixel_axis, *wide)]

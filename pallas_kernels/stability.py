@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 
 from pallas_kernels import checks
 from pallas_kernels.directions import neighbour_axis
@@ -36,42 +36,47 @@ def row_stochastic(logits: jax.Array, *, direction: str) -> jax.Array:
         raise ValueError(f"logits: expected shape (B, H, W, 3, C_w), every axis at least 1, got {logits.shape}")
     checks.check_float("logits", logits)
     checks.check_direction(direction)
-    return _weights(direction, logits.astype(checks.state_dtype(logits)))
+    logits = logits.astype(checks.state_dtype(logits))
+    return jnp.stack(normalise(neighbour_axis(direction), *jnp.unstack(logits, axis=3)), axis=3)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _weights(direction: str, logits: jax.Array) -> jax.Array:
-    share = _shares(direction, logits)
-    total = jnp.sum(share, axis=3, keepdims=True)
+def normalise(axis: int, *logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weights of the neighbours of smaller, same and larger index from their float32 or float64 logits, one array each.
+
+    The neighbours lie along `axis`; the arrays may have any axes besides.
+    """
+    smaller, same, larger = _shares(axis, *logits)
+    total = smaller + same + larger
     # Two weights are rounded to a grid on which sums are exact and the same pixel takes what is left, so that a row
     # sums to 1 without error, whatever a compiler fuses: an error of one part in 10 million that repeats on every
     # line has grown to 5e-4 after 4,096 of them.
-    grid = 1 / jnp.finfo(logits.dtype).epsneg
-    smaller = jnp.round(share[..., 0:1, :] / total * grid) / grid
-    larger = jnp.minimum(jnp.round(share[..., 2:3, :] / total * grid) / grid, 1 - smaller)
-    return jnp.concatenate([smaller, 1 - (smaller + larger), larger], axis=3)
+    grid = 1 / jnp.finfo(total.dtype).epsneg
+    smaller = jnp.round(smaller / total * grid) / grid
+    larger = jnp.minimum(jnp.round(larger / total * grid) / grid, 1 - smaller)
+    return smaller, 1 - (smaller + larger), larger
 
 
-@_weights.defjvp
-def _weights_jvp(direction, primals, tangents):
-    (logits,), (tangent,) = primals, tangents
-    weights = _weights(direction, logits)
+@normalise.defjvp
+def _normalise_jvp(axis, logits, tangents):
+    weights = normalise(axis, *logits)
     # d log(share) / d logit = 1 - sigmoid, and 0 where the logit counts as the floor.
-    relative = jnp.where(logits < LOGIT_FLOOR, 0, jax.nn.sigmoid(-logits)) * tangent
-    return weights, weights * (relative - jnp.sum(weights * relative, axis=3, keepdims=True))
+    relative = [
+        jnp.where(logit < LOGIT_FLOOR, 0, jax.nn.sigmoid(-logit)) * tangent
+        for logit, tangent in zip(logits, tangents, strict=True)
+    ]
+    mean = sum(weight * change for weight, change in zip(weights, relative, strict=True))
+    return weights, tuple(weight * (change - mean) for weight, change in zip(weights, relative, strict=True))
 
 
-def _shares(direction: str, logits: jax.Array) -> jax.Array:
-    floor = jnp.asarray(LOGIT_FLOOR, logits.dtype)
-    share = jax.nn.sigmoid(jnp.where(logits < floor, floor, logits))
-    return share * _existing(logits.shape, direction).astype(logits.dtype)
-
-
-def _existing(shape: tuple[int, ...], direction: str) -> np.ndarray:
-    """1 where the neighbour of a slot lies inside the image, else 0; shape (1, H or 1, W or 1, 3, 1)."""
-    axis = neighbour_axis(direction)
-    length = shape[axis]
-    inside = np.ones((length, 3))
-    inside[0, 0] = 0
-    inside[-1, 2] = 0
-    return inside.reshape((1, length, 1, 3, 1) if axis == 1 else (1, 1, length, 3, 1))
+def _shares(axis: int, *logits: jax.Array) -> list[jax.Array]:
+    """Sigmoids of the logits, 0 where the neighbour lies outside the image."""
+    length = logits[0].shape[axis]
+    shares = []
+    for logit, outside in zip(logits, (0, None, length - 1), strict=True):
+        floor = jnp.asarray(LOGIT_FLOOR, logit.dtype)
+        share = jax.nn.sigmoid(jnp.where(logit < floor, floor, logit))
+        if outside is not None:
+            share = jnp.where(lax.broadcasted_iota(jnp.int32, logit.shape, axis) == outside, 0, share)
+        shares.append(share)
+    return shares
