@@ -1,0 +1,1 @@
+"""Thin mains: train, evaluate, predict, and one file per figure or table."""

@@ -1,0 +1,159 @@
+"""How many images a second the input pipeline makes on one processor core, by recipe.
+
+    python -m experiments.benchmark_data --path=ROOT --output=experiments/results/benchmark_data.json
+
+ROOT holds train/CLASS/FILE and val/CLASS/FILE. One thread makes the batches. The rate by processor time is what one
+core gives and hardly depends on what else the machine does; the rate by the clock should be near it on a quiet one.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from absl import flags
+from PIL import features
+
+from configs.classifier import get_config
+from experiments import command_line
+from gspn_jax import data
+
+LIBRARIES = ("grain", "numpy", "pillow")
+BATCH_SIZE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """Images per second of one thread; medians over repetitions."""
+
+    pipeline: str
+    image_size: int
+    images: int  # in all repetitions
+    images_per_second: float  # by the clock
+    images_per_core_second: float  # by processor time
+
+
+def pipelines(dataset: data.Dataset, image_size: int) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
+    """The recipes that are measured, each as a function that starts an endless stream of batches."""
+    config: Any = get_config("gspn_t")
+    recipe = data.Augmentation(**config.augmentation.to_dict())
+    plain = data.Augmentation(crop="resized", crop_scale=recipe.crop_scale, flip=True)
+
+    def training(augmentation: data.Augmentation) -> Callable[[], Iterator[dict[str, Any]]]:
+        return lambda: data.training_batches(
+            dataset.train, batch_size=BATCH_SIZE, image_size=image_size, augmentation=augmentation, num_threads=0
+        )
+
+    def evaluation() -> Iterator[dict[str, Any]]:
+        while True:
+            yield from data.evaluation_batches(
+                dataset.test, batch_size=BATCH_SIZE, image_size=image_size, num_threads=0
+            )
+
+    return {
+        "train: decode, random resized crop, flip": training(plain),
+        "train: the same, RandAugment, random erasing": training(recipe),
+        "evaluation: decode, resize, centre crop": evaluation,
+    }
+
+
+def measure(name: str, start: Callable[[], Iterator[dict[str, Any]]], *, image_size: int, seconds: float) -> Rate:
+    """Makes batches for `seconds` in each of three repetitions, after a first batch that is not counted."""
+    stream = start()
+    next(stream)
+    counted, by_clock, by_processor = 0, [], []
+    for _ in range(3):
+        images, clock, processor = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - clock < seconds:
+            batch = next(stream)
+            images += int(np.sum(batch["mask"])) if "mask" in batch else len(batch["label"])
+        by_clock.append(images / (time.perf_counter() - clock))
+        by_processor.append(images / (time.process_time() - processor))
+        counted += images
+    return Rate(name, image_size, counted, round(statistics.median(by_clock)), round(statistics.median(by_processor)))
+
+
+def describe_run(dataset: data.Dataset) -> dict[str, Any]:
+    """What a measurement must be read with: command, date, commit, processor, versions, load, images."""
+    shapes = np.array([dataset.train[index][0].shape[:2] for index in range(min(200, len(dataset.train)))])
+    arguments = [re.sub("^(--?path=).*", r"\1ROOT", argument) for argument in sys.argv[1:]]
+    return {
+        "command": " ".join(["python -m experiments.benchmark_data", *arguments]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "hardware": f"{processor()}, {os.cpu_count()} cores",
+        "load_average": round(os.getloadavg()[0], 2),
+        "images": f"{len(dataset.train)} files, median {int(np.median(shapes[:, 1]))}x{int(np.median(shapes[:, 0]))}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in LIBRARIES},
+            "libjpeg-turbo": features.version_feature("libjpeg_turbo") or "absent",
+        },
+    }
+
+
+def commit() -> str:
+    """Short hash of the commit; "uncommitted" where files differ from it or there is none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return "uncommitted" if git("status", "--porcelain") else git("rev-parse", "--short", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "uncommitted"
+
+
+def processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def benchmark(path: str, *, image_size: int, seconds: float) -> dict[str, Any]:
+    """Measures every pipeline on an image folder; returns what is written to the results file."""
+    dataset = data.load("image_folder", path)
+    about = describe_run(dataset)
+    rates = []
+    for name, start in pipelines(dataset, image_size).items():
+        rate = measure(name, start, image_size=image_size, seconds=seconds)
+        per_core, by_clock = rate.images_per_core_second, rate.images_per_second
+        print(f"{per_core:6.0f} images/s per core, {by_clock:6.0f} by the clock: {name}", flush=True)
+        rates.append(rate)
+    return {**about, "rates": [dataclasses.asdict(rate) for rate in rates]}
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("path", None, "Image folder with train/ and val/.", required=True)
+    flags.DEFINE_integer("image_size", 224, "Side of the images made, in pixels.", lower_bound=1)
+    flags.DEFINE_float("seconds", 10.0, "Length of each of the three repetitions.", lower_bound=0.0)
+    flags.DEFINE_string("output", None, "JSON file to write.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if argv:
+        raise ValueError(f"expected flags only, got {' '.join(argv)}")
+    chosen = flags.FLAGS
+    results = benchmark(chosen.path, image_size=chosen.image_size, seconds=chosen.seconds)
+    if chosen.output:
+        pathlib.Path(chosen.output).write_text(json.dumps(results, indent=2) + "\n")
+        print(f"Written to {chosen.output}.")
+
+
+if __name__ == "__main__":
+    command_line.start(main, define_flags)

@@ -1,0 +1,102 @@
+"""Draws one augmented training batch with its labels, exactly as a training run gets it: a picture worth looking at.
+
+    python -m experiments.show_batch --config=configs/classifier.py:gspn_t --config.data.path=ROOT --output=batch.png
+    python -m experiments.show_batch --data=image_folder --path=ROOT --output=batch.png
+
+Mixup and cutmix come later, on the device, and are not shown.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from PIL import Image, ImageDraw
+
+from configs.classifier import get_config
+from experiments import command_line
+from gspn_jax import data
+
+LEAST_SIDE = 96  # pixels: smaller images are drawn larger, each pixel as a square
+CAPTION_HEIGHT = 14
+GAP = 4
+
+
+def show(config: Any, *, output: str, count: int, batch: int) -> str:
+    """Writes a contact sheet of a batch that the configuration makes.
+
+    Args:
+        config: as `configs/classifier.py` makes it.
+        output: the file to write; its extension gives the format.
+        count: how many of the batch's images, from the first.
+        batch: which batch, from 0.
+
+    Returns:
+        One line that says what was written.
+
+    Raises:
+        ValueError: nothing to draw, or what is wrong with the data.
+    """
+    if count < 1 or batch < 0:
+        raise ValueError(f"count, batch: expected at least 1 image of batch 0 or later, got {count}, {batch}")
+    dataset = data.load(config.data.name, config.data.path or None)
+    # An image depends on its place in the stream alone, so the rest of a large batch need not be made.
+    stream = data.training_batches(
+        dataset.train,
+        batch_size=min(count, config.batch_size),
+        image_size=config.data.image_size,
+        augmentation=data.Augmentation(**config.augmentation.to_dict()),
+        seed=config.seed,
+        num_threads=0,  # what threads would make ahead is not needed
+        on_corrupt=config.data.on_corrupt,
+    )
+    stream.restore({**stream.state(), "position": batch * config.batch_size})
+    drawn = next(stream)
+    sheet = contact_sheet(drawn["image"], [dataset.class_names[label] for label in drawn["label"]])
+    sheet.save(output)
+    return f"{output}: {len(drawn['image'])} of the {config.batch_size} images of batch {batch}"
+
+
+def contact_sheet(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
+    """Images uint8 (N, H, W, 3) in a nearly square grid, each over its caption."""
+    count, height, width, _ = images.shape
+    times = math.ceil(LEAST_SIDE / min(height, width))
+    columns = math.ceil(math.sqrt(count * height / width))
+    step_x, step_y = width * times + GAP, height * times + CAPTION_HEIGHT + GAP
+    sheet = Image.new("RGB", (columns * step_x + GAP, math.ceil(count / columns) * step_y + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = GAP + number % columns * step_x, GAP + number // columns * step_y
+        sheet.paste(Image.fromarray(image.repeat(times, axis=0).repeat(times, axis=1)), (left, top))
+        while draw.textlength(caption) > width * times:
+            caption = caption[:-1]
+        draw.text((left, top + height * times), caption, fill="black")
+    return sheet
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Configuration and preset; by default that of ImageNet.")
+    flags.DEFINE_string("data", None, "Dataset, in place of the configuration's.")
+    flags.DEFINE_string("path", None, "Where the dataset is, in place of the configuration's path.")
+    flags.DEFINE_string("output", "batch.png", "The picture to write.")
+    flags.DEFINE_integer("count", 36, "How many images of the batch to draw.")
+    flags.DEFINE_integer("batch", 0, "Which batch, from 0.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if argv:
+        raise ValueError(f"expected flags only, got {' '.join(argv)}")
+    chosen = flags.FLAGS
+    config: Any = chosen.config or get_config("gspn_t")
+    if chosen.data is not None:
+        config.data.name = chosen.data
+        config.data.path = ""
+    if chosen.path is not None:
+        config.data.path = chosen.path
+    print(show(config, output=chosen.output, count=chosen.count, batch=chosen.batch))
+
+
+if __name__ == "__main__":
+    command_line.start(main, define_flags)

@@ -1,0 +1,24 @@
+"""Data: sources of labelled images, augmentation, and deterministic batches. Knows no model and does not use JAX."""
+
+from gspn_jax.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation
+from gspn_jax.data.decoding import CorruptImage
+from gspn_jax.data.pipeline import Batches, EvaluationBatches, evaluation_batches, training_batches
+from gspn_jax.data.sources import SOURCES, load
+from gspn_jax.data.sources.protocol import ArraySource, Dataset, EncodedSource, Source
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "SOURCES",
+    "ArraySource",
+    "Augmentation",
+    "Batches",
+    "CorruptImage",
+    "Dataset",
+    "EncodedSource",
+    "EvaluationBatches",
+    "Source",
+    "evaluation_batches",
+    "load",
+    "training_batches",
+]

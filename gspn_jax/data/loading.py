@@ -1,0 +1,125 @@
+"""The work of one thread: from sample numbers to a batch of pixels and labels.
+
+These objects are what worker processes receive, so they hold plain values and picklable sources only.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from gspn_jax.data import crops
+from gspn_jax.data.augmentation import Augmentation, augment
+from gspn_jax.data.decoding import CorruptImage, open_picture
+from gspn_jax.data.sources.protocol import EncodedSource, Source
+
+OnCorrupt = Literal["stop", "drop"]
+
+_REPLACEMENTS = 100  # neighbours that are tried in the place of a corrupt image before giving up
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loader:
+    source: Source
+    image_size: crops.Size
+    on_corrupt: OnCorrupt
+
+    def __post_init__(self) -> None:
+        if not len(self.source):
+            raise ValueError("source: expected at least one sample, got an empty one")
+        if self.on_corrupt not in get_args(OnCorrupt):
+            raise ValueError(f"on_corrupt: expected one of {get_args(OnCorrupt)}, got {self.on_corrupt!r}")
+
+    def _empty(self, rows: int) -> dict[str, Any]:
+        return {
+            "image": np.zeros((rows, *self.image_size, 3), np.uint8),
+            "label": np.zeros(rows, np.int32),
+            "corrupt": [],
+        }
+
+    @functools.cached_property
+    def _encoded(self) -> EncodedSource | None:
+        return self.source if isinstance(self.source, EncodedSource) else None
+
+    def _open(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
+        if self._encoded is None:
+            return self.source[index]
+        data, label = self._encoded.encoded(index)
+        return open_picture(data), label
+
+    def _name(self, index: int, error: CorruptImage) -> str:
+        """The message of a corrupt image, with the file's name if only the bytes were at hand when it was found."""
+        name = self.source.describe(index)
+        return str(error) if str(error).startswith(name) else f"{name}: {error}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingLoader(_Loader):
+    """Augmented batches; the random numbers of a sample depend on the seed and its global position only."""
+
+    augmentation: Augmentation
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2**63 - 1, got {self.seed}")
+
+    def __call__(self, samples: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+        """(global positions, indices), both (b,), to {"image", "label", "corrupt": messages}."""
+        positions, indices = samples
+        batch = self._empty(len(positions))
+        for row in range(len(positions)):
+            batch["label"][row] = self._fill(
+                int(positions[row]), int(indices[row]), batch["image"][row], batch["corrupt"]
+            )
+        return batch
+
+    def _fill(self, position: int, index: int, out: np.ndarray, corrupt: list[str]) -> int:
+        """Writes the image of a position and returns its label; of the next good index, if its own is corrupt."""
+        for attempt in range(min(_REPLACEMENTS, len(self.source))):
+            candidate = (index + attempt) % len(self.source)
+            rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, position], np.uint64)))
+            try:
+                picture, label = self._open(candidate)
+                augment(picture, self.image_size, self.augmentation, rng, out)
+                return label
+            except CorruptImage as error:
+                message = self._name(candidate, error)
+                if self.on_corrupt == "stop":
+                    raise CorruptImage(message) from error
+                if attempt == 0:
+                    corrupt.append(message)
+        raise CorruptImage(f"{corrupt[-1]}; neither can the samples after it")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationLoader(_Loader):
+    """Resized and centre cropped batches; numbers past the end of the source are padding."""
+
+    resize: int | None
+
+    def __call__(self, indices: np.ndarray) -> dict[str, Any]:
+        """Sample numbers (b,) to {"image", "label", "mask", "corrupt": messages}."""
+        batch = self._empty(len(indices))
+        batch["mask"] = np.zeros(len(indices), bool)
+        for row, index in enumerate(int(index) for index in indices):
+            if index >= len(self.source):
+                continue
+            try:
+                picture, label = self._open(index)
+                if isinstance(picture, np.ndarray):
+                    picture = Image.fromarray(picture)
+                box = crops.centre_box((picture.height, picture.width), self.image_size, self.resize)
+                batch["image"][row] = np.asarray(crops.resample(picture, box, self.image_size))
+            except CorruptImage as error:
+                message = self._name(index, error)
+                if self.on_corrupt == "stop":
+                    raise CorruptImage(message) from error
+                batch["corrupt"].append(message)
+                continue
+            batch["label"][row] = label
+            batch["mask"][row] = True
+        return batch

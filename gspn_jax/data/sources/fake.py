@@ -1,0 +1,81 @@
+"""Synthetic images for tests and benchmarks: nothing to download, and something to learn."""
+
+import dataclasses
+
+import numpy as np
+
+from gspn_jax.data.sources.protocol import Dataset, check_class_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Stripes:
+    """Coloured stripes under noise: the class sets their direction and colour, chance their phase and the noise.
+
+    Sample i has label i % num_classes and is the same on every access, in every process.
+    """
+
+    size: int
+    image_size: tuple[int, int]
+    num_classes: int
+    seed: int
+    noise: float = 40.0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, int]:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index: expected 0 to {self.size - 1}, got {index}")
+        label = index % self.num_classes
+        rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, index], np.uint64)))
+        height, width = self.image_size
+        turn = np.pi * label / self.num_classes
+        along = np.cos(turn) * np.arange(width) / width + np.sin(turn) * np.arange(height)[:, None] / height
+        wave = np.sin(2 * np.pi * (2 * along + rng.random()))
+        colour = np.cos(2 * turn + np.array([0.0, 2.0, 4.0]))
+        image = 128 + 50 * wave[:, :, None] * colour + 20 * colour
+        image += rng.normal(0, self.noise, (height, width, 3))
+        return np.clip(np.round(image), 0, 255).astype(np.uint8), label
+
+    def describe(self, index: int, /) -> str:
+        return f"fake, seed {self.seed}, sample {index}"
+
+
+def fake(
+    path: str | None = None,
+    *,
+    image_size: int | tuple[int, int] = 32,
+    num_classes: int = 10,
+    train_size: int = 1024,
+    test_size: int = 256,
+    seed: int = 0,
+) -> Dataset:
+    """Synthetic images, uint8 (H, W, 3), made on access from (seed, index); see `Stripes`.
+
+    Args:
+        path: None; nothing is read.
+        image_size: side, or (height, width), in pixels.
+        num_classes: number of classes, each with its own stripes.
+        train_size: number of training samples.
+        test_size: number of held-out samples.
+        seed: another seed gives other images.
+
+    Raises:
+        ValueError: a path, or a size that is not positive.
+    """
+    if path is not None:
+        raise ValueError(f"path: expected None, because fake images are made on access, got {path!r}")
+    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    for name, value in (("image_size", min(size)), ("num_classes", num_classes)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    for name, value in (("train_size", train_size), ("test_size", test_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least one sample, got {value}")
+    return Dataset(
+        name="fake",
+        num_classes=num_classes,
+        class_names=check_class_names(None, num_classes),
+        train=Stripes(train_size, size, num_classes, seed=2 * seed),
+        test=Stripes(test_size, size, num_classes, seed=2 * seed + 1),
+    )

@@ -1,0 +1,57 @@
+"""Worker processes: the same batches as without them. They are slow to start, so two tests check much."""
+
+import numpy as np
+import pytest
+
+from gspn_jax import data
+from tests.data import pictures
+
+RECIPE = data.Augmentation(crop="resized", flip=True, randaugment_magnitude=9, erasing=0.25)
+
+
+def batches(source, num_workers: int) -> data.Batches:
+    return data.training_batches(
+        source,
+        batch_size=6,
+        image_size=16,
+        augmentation=RECIPE,
+        num_workers=num_workers,
+        num_threads=2,
+        on_corrupt="drop",
+    )
+
+
+def test_workers_restore_and_give_the_same_batches_and_count_corrupt_images(tmp_path, caplog):
+    pictures.write_folder(tmp_path)
+    pictures.truncate(tmp_path / "train/class_1/02.jpg")
+    source = data.load("image_folder", str(tmp_path)).train
+    plain = batches(source, 0)
+    for _ in range(3):
+        next(plain)
+    state = plain.state()
+    expected = [next(plain) for _ in range(7)]
+    assert sum(batch["replaced"] for batch in expected) >= 2
+    caplog.clear()
+    workers = batches(source, 2)
+    workers.restore(state)
+    for batch in expected[:5]:
+        got = next(workers)
+        assert set(got) == set(batch) and got["replaced"] == batch["replaced"]
+        for name in ("image", "label"):
+            np.testing.assert_array_equal(got[name], batch[name])
+    assert len([record for record in caplog.records if "class_1/02.jpg" in record.getMessage()]) == 1
+    plain.restore(workers.state())
+    np.testing.assert_array_equal(next(plain)["image"], expected[5]["image"])
+    workers.close()
+    plain.close()
+
+
+def test_a_corrupt_image_stops_a_worker_with_its_path(tmp_path):
+    pictures.write_folder(tmp_path)
+    pictures.truncate(tmp_path / "val/class_2/01.jpg")
+    source = data.load("image_folder", str(tmp_path)).test
+    run = data.evaluation_batches(source, batch_size=4, image_size=16, num_workers=1)
+    assert next(run)["mask"].all()
+    with pytest.raises(data.CorruptImage, match=r"val/class_2/01.jpg: cannot be decoded \(.*truncated"):
+        list(run)
+    run.close()
