@@ -1,6 +1,8 @@
 """Settings of every test: eight CPU devices, no silent promotion of dtypes or ranks, repeatable examples.
 
 `JAX_PLATFORMS=cuda,cpu make test` also runs the tests that need an NVIDIA GPU; without it everything is on the CPU.
+`JAX_COMPILATION_CACHE_DIR=FOLDER make test` keeps the compiled programs: most of a run is compilation, so that the next
+one takes a fraction of the time. Not the default: compiled code fits the processor that it was made for.
 """
 
 import os
@@ -15,6 +17,9 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    # The programs of tests are small and many; JAX by itself keeps those alone that took a second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # Derandomized: an example that fails in one run fails in all. No deadline: the first example compiles.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)

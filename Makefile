@@ -1,0 +1,44 @@
+# make train   train the default job, real handwritten digits, on whatever device is here
+# make test    run the test suite
+# Both make .venv first when it is missing, and need nothing else than Python 3.12 or 3.13.
+
+VENV := .venv
+CONFIG := configs/classifier.py:digits
+WORKDIR := runs/digits
+WORKERS := 2
+ARGS :=
+PYTHON = "$(VENV)/bin/python"
+
+.PHONY: help train test venv lint lock clean
+
+help:
+	@echo "make train   train GSPN on $(CONFIG), into $(WORKDIR)"
+	@echo "             more flags: make train ARGS='--config.steps=200', CONFIG=..., WORKDIR=..."
+	@echo "make test    run the test suite in $(WORKERS) processes; a part of it: make test ARGS='tests/data -x'"
+	@echo "make lint    ruff and pyright"
+	@echo "make lock    compile requirements.lock again (needs uv)"
+	@echo "make clean   remove caches and build products; keeps $(VENV) and runs"
+
+venv:
+	@.ci/venv "$(VENV)"
+
+train: venv
+	@echo "Training $(CONFIG) into $(WORKDIR)."
+	@$(PYTHON) -m experiments.train --config=$(CONFIG) --workdir="$(WORKDIR)" $(ARGS)
+
+test: venv
+	@echo "Running the tests in $(WORKERS) processes."
+	@$(PYTHON) -m pytest -n $(WORKERS) $(ARGS)
+
+lint: venv
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PYTHON) -m pyright --pythonpath $(PYTHON)
+
+lock:
+	uv pip compile --universal --python-version 3.12 --generate-hashes --no-annotate --no-header \
+		--quiet --output-file requirements.lock requirements.txt requirements-dev.txt
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,232 @@
+"""What this machine will run, and the usual reasons why it is not what one expected.
+
+    python -m experiments.doctor --model=gspn_t --image_size=224
+
+Prints the versions, the backend, the devices and the implementation that each line scan of the model takes, then the
+faults found. Exit code 1 if there is one; a note alone leaves it 0.
+"""
+
+import dataclasses
+import os
+import platform
+import sys
+
+try:
+    import jax
+    from absl import app, flags, logging
+except ImportError as missing:
+    found = ".".join(map(str, sys.version_info[:2]))
+    sys.exit(
+        f"{missing}: the libraries are not installed for {sys.executable} (Python {found}). Run this with "
+        ".venv/bin/python, which `make venv` makes with Python 3.12 or 3.13."
+    )
+
+import pallas_kernels
+from experiments.machine import Machine, observe
+
+_MODEL = flags.DEFINE_string("model", "gspn_t", "Model whose layers are listed; empty for none.")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Height and width, in pixels, of the images that it gets.", 1)
+
+CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
+OLDEST_CUDA13_DRIVER = 580  # major version of the first driver that runs CUDA 13
+LEAST_FREE_DISK = 5.0  # GiB: a few checkpoints of the largest classifier with their optimizer state
+MOST_HELD_MEMORY = 0.2  # share of a card; JAX asks for 0.75 when it starts and needs some room beside it
+SLOW_SETTINGS = {
+    "JAX_DISABLE_JIT": "nothing is compiled",
+    "JAX_ENABLE_X64": "arrays are float64 by default, at a small fraction of the speed",
+    "JAX_DEBUG_NANS": "every operation is checked for NaN, and run again without compilation where there is one",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What is wrong and what to do; a note is worth knowing but stops nothing."""
+
+    text: str
+    is_fault: bool = True
+
+
+def check_python(machine: Machine) -> list[Finding]:
+    if (3, 12) <= machine.python <= (3, 13):
+        return []
+    version = ".".join(map(str, machine.python))
+    return [Finding(f"Python is {version}; the pinned libraries need 3.12 or 3.13. `make venv` looks for one.")]
+
+
+def check_versions(machine: Machine) -> list[Finding]:
+    findings = []
+    jax_version, jaxlib = machine.installed.get("jax"), machine.installed.get("jaxlib")
+    if jax_version != jaxlib:
+        findings.append(Finding(f"jax is {jax_version} and jaxlib {jaxlib}: they must be of one version."))
+    for name, version in machine.pinned.items():
+        found = machine.installed.get(name)
+        if found is None:
+            findings.append(Finding(f"{name} is missing. `make venv` installs what requirements.lock names."))
+        elif found != version:
+            text = f"{name} is {found}; requirements.txt pins {version}, which is what the tests ran with."
+            findings.append(Finding(text, is_fault=name == "jax"))
+    return findings
+
+
+def check_backend(machine: Machine) -> list[Finding]:
+    """No backend at all, or the CPU although there is an NVIDIA GPU; with the first reason that explains it."""
+    wanted = machine.environment.get("JAX_PLATFORMS", "")
+    if machine.backend == "cpu" and not machine.cards:
+        return []
+    if machine.backend not in ("", "cpu"):
+        return []
+    if machine.backend == "cpu":
+        what = f"JAX runs on the CPU although there is an NVIDIA GPU ({machine.cards[0].name})"
+    else:
+        what = f"JAX has no backend: {machine.backend_error.strip() or 'no reason given'}"
+    return [Finding(f"{what}: {_why_no_gpu(machine, wanted)}")]
+
+
+def _why_no_gpu(machine: Machine, wanted: str) -> str:
+    if wanted and not {"cuda", "gpu"} & set(wanted.split(",")):
+        return f"the environment sets JAX_PLATFORMS={wanted}; unset it."
+    if not machine.cards:
+        return f"JAX_PLATFORMS={wanted} asks for a GPU and no NVIDIA GPU is visible here."
+    visible = machine.environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return f"the environment hides it, CUDA_VISIBLE_DEVICES={visible!r}; unset it."
+    plugins = {name: machine.installed[name] for name in CUDA_PLUGINS if name in machine.installed}
+    if not plugins:
+        return "this jaxlib has no CUDA plugin; pip install -r requirements-gpu.txt."
+    name, version = next(iter(plugins.items()))
+    if version != machine.installed.get("jaxlib"):
+        return f"{name} is {version} and jaxlib {machine.installed.get('jaxlib')}; both must be of one version."
+    if not any(package.startswith("nvidia-cudnn") for package in machine.installed):
+        return "the CUDA libraries are not installed; pip install -r requirements-gpu.txt."
+    driver = machine.cards[0].driver
+    if name == CUDA_PLUGINS[0] and driver and int(driver.split(".")[0]) < OLDEST_CUDA13_DRIVER:
+        return f"its driver is {driver}, and CUDA 13 needs {OLDEST_CUDA13_DRIVER} or newer."
+    if "cuda" in machine.environment.get("LD_LIBRARY_PATH", "").lower():
+        return "LD_LIBRARY_PATH puts other CUDA libraries before those that came with JAX; unset it."
+    return "the CUDA plugin is installed and did not start; JAX_PLATFORMS=cuda python -m experiments.doctor says why."
+
+
+def check_tensorflow(machine: Machine) -> list[Finding]:
+    holders = [name for name in ("tensorflow", "tf-nightly", "tensorflow-gpu") if name in machine.installed]
+    if not holders or not machine.cards:
+        return []
+    return [
+        Finding(
+            f"{holders[0]} is installed and takes a GPU's whole memory when something imports and uses it: "
+            f"pip uninstall {holders[0]}, then pip install -r requirements-tensorflow.txt (the CPU build)."
+        )
+    ]
+
+
+def check_gpu_memory(machine: Machine) -> list[Finding]:
+    findings = [
+        Finding(
+            f"{card.used:.0f} of {card.total:.0f} MiB of {card.name} (card {index}) are held by other processes; "
+            "nvidia-smi names them. JAX would run out of memory early."
+        )
+        for index, card in enumerate(machine.cards)
+        if card.total and card.used / card.total > MOST_HELD_MEMORY
+    ]
+    if machine.cards and machine.environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0"):
+        text = "XLA_PYTHON_CLIENT_PREALLOCATE is off: memory is taken piece by piece and the largest runs may not fit."
+        findings.append(Finding(text, is_fault=False))
+    if machine.cards and machine.environment.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
+        text = "XLA_PYTHON_CLIENT_ALLOCATOR=platform: every buffer is asked of the driver, which is slow."
+        findings.append(Finding(text))
+    return findings
+
+
+def check_settings(machine: Machine) -> list[Finding]:
+    findings = []
+    for name, effect in SLOW_SETTINGS.items():
+        value = machine.environment.get(name, "").lower()
+        if value not in ("", "0", "false", "off", "no", "f", "n"):
+            findings.append(Finding(f"{name}={value}: {effect}. Unset it except to look for an error."))
+    if machine.x64 and not any("JAX_ENABLE_X64" in finding.text for finding in findings):
+        findings.append(Finding(f"jax_enable_x64 is on: {SLOW_SETTINGS['JAX_ENABLE_X64']}."))
+    if machine.environment.get("JAX_PLATFORMS") == "cpu" and not machine.cards:
+        findings.append(Finding("JAX_PLATFORMS=cpu is set: a GPU that comes later would not be used.", is_fault=False))
+    return findings
+
+
+def check_disk(machine: Machine) -> list[Finding]:
+    if machine.free_disk >= LEAST_FREE_DISK:
+        return []
+    return [Finding(f"{machine.free_disk:.1f} GiB of disk are free here; checkpoints want {LEAST_FREE_DISK:.0f}.")]
+
+
+CHECKS = (
+    check_python,
+    check_versions,
+    check_backend,
+    check_tensorflow,
+    check_gpu_memory,
+    check_settings,
+    check_disk,
+)
+
+
+def describe_devices() -> list[str]:
+    """One line for each device of this process: kind, compute capability and memory where it has them."""
+    lines = []
+    for device in jax.local_devices():
+        words = [f"{device.id}: {device.device_kind}"]
+        capability = getattr(device, "compute_capability", None)
+        if capability:
+            words.append(f"compute capability {capability}")
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if limit:
+            words.append(f"{limit / 2**30:.1f} GiB for JAX")
+        lines.append(", ".join(words))
+    return lines
+
+
+def describe_model(name: str, image_size: int) -> list[Finding]:
+    """Prints one line for each line scan of the model, from shapes alone: no parameter is made."""
+    try:
+        from flax import nnx
+
+        from gspn_jax import models
+    except ImportError as missing:
+        return [Finding(f"the models cannot be imported: {missing}. `make venv` installs what they need.")]
+    model = nnx.eval_shape(lambda: models.build(name, num_classes=1000, rngs=nnx.Rngs(0)))
+    print(f"{name} at {image_size} x {image_size}:")
+    for line in models.layer_report(model, (1, image_size, image_size, 3)):
+        print(f"  {line}")
+    return []
+
+
+def report(machine: Machine, model: str, image_size: int) -> int:
+    """Prints what there is and what is wrong with it; returns the number of faults."""
+    python = ".".join(map(str, machine.python))
+    print(f"Python {python} on {platform.platform()}, {os.cpu_count()} CPU cores, {machine.free_disk:.0f} GiB free")
+    print("Libraries: " + ", ".join(f"{name} {machine.installed.get(name, 'missing')}" for name in machine.pinned))
+    print(f"Backend: {machine.backend or 'none'}")
+    findings = [finding for check in CHECKS for finding in check(machine)]
+    if machine.backend:
+        for line in describe_devices():
+            print(f"  device {line}")
+        print("Implementations of the line scan, fastest first:")
+        for name, reason in pallas_kernels.implementations().items():
+            print(f"  {name}: {'can run here' if reason is None else reason}")
+        findings += describe_model(model, image_size) if model else []
+    for finding in findings:
+        print(f"{'FAULT' if finding.is_fault else 'note'}: {finding.text}")
+    faults = sum(finding.is_fault for finding in findings)
+    print(f"{faults} fault{'' if faults == 1 else 's'} found." if faults else "No fault found.")
+    return faults
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        faults = report(observe(), _MODEL.value, _IMAGE_SIZE.value)
+    except ValueError as error:  # of a flag: the model's name, or a size that it cannot take
+        sys.exit(f"doctor: {error}")
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    app.run(main)
