@@ -14,7 +14,6 @@ import pathlib
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from absl import flags
 from PIL import features
 
 from configs.classifier import get_config
-from experiments import command_line
+from experiments import command_line, provenance
 from gspn_jax import data
 
 LIBRARIES = ("grain", "numpy", "pillow")
@@ -91,8 +90,8 @@ def describe_run(dataset: data.Dataset) -> dict[str, Any]:
     return {
         "command": " ".join(["python -m experiments.benchmark_data", *arguments]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit(),
-        "hardware": f"{processor()}, {os.cpu_count()} cores",
+        "commit": provenance.commit(),
+        "hardware": f"{provenance.processor()}, {os.cpu_count()} cores",
         "load_average": round(os.getloadavg()[0], 2),
         "images": f"{len(dataset.train)} files, median {int(np.median(shapes[:, 1]))}x{int(np.median(shapes[:, 0]))}",
         "versions": {
@@ -101,28 +100,6 @@ def describe_run(dataset: data.Dataset) -> dict[str, Any]:
             "libjpeg-turbo": features.version_feature("libjpeg_turbo") or "absent",
         },
     }
-
-
-def commit() -> str:
-    """Short hash of the commit; "uncommitted" where files differ from it or there is none."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return "uncommitted" if git("status", "--porcelain") else git("rev-parse", "--short", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return "uncommitted"
-
-
-def processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def benchmark(path: str, *, image_size: int, seconds: float) -> dict[str, Any]:

@@ -2,15 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pallas_kernels import checks, dispatch, gradient
 from pallas_kernels.sharding import usable_axes, vary_alike
 
 
 def line_scan(
-    x: jax.Array,
-    weights: jax.Array,
-    lam: jax.Array,
+    x: ArrayLike,
+    weights: ArrayLike,
+    lam: ArrayLike,
     *,
     direction: str,
     chunk: int | None = None,

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pallas_kernels import checks, dispatch, gradient
 from pallas_kernels.directions import DIRECTIONS
@@ -13,12 +14,12 @@ ALIGNMENTS = ("aligned", "unturned")
 
 
 def propagate(
-    x: jax.Array,
-    logits: jax.Array,
-    lam: jax.Array,
-    gate: jax.Array,
-    skip: jax.Array | None,
-    merge: jax.Array,
+    x: ArrayLike,
+    logits: ArrayLike,
+    lam: ArrayLike,
+    gate: ArrayLike,
+    skip: ArrayLike | None,
+    merge: ArrayLike,
     *,
     chunk: int | None = None,
     alignment: str = "aligned",

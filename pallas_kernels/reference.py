@@ -1,6 +1,7 @@
 """The `lax.scan` implementation, forward and backward: the oracle, and what runs where there is no kernel."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,8 @@ def propagation_forward(x, logits, lam, gate, skip, merge, chunk: int | None) ->
     y, states = jnp.zeros_like(x, dtype), []
     for d, direction in enumerate(DIRECTIONS):
         walk = Walk(direction, x.shape, chunk)
-        x_view, logit_view, *views = (None if a is None else walk.chunks(a) for a in (x, logits, lam, gate, skip))
+        x_view, logit_view = walk.chunks(x), walk.chunks(logits)
+        views = [None if array is None else walk.chunks(array) for array in (lam, gate, skip)]
 
         def step(carry, index, walk=walk, x_view=x_view, logit_view=logit_view, views=views, d=d):
             halo, h, y = carry
@@ -173,4 +175,5 @@ def _logit_lines(walk: Walk, logit_view: jax.Array, index, d: int) -> list[jax.A
 
 def _weights(walk: Walk, logit_lines: Sequence[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
     wide = (line.astype(state_dtype(line)) for line in logit_lines)
-    return [weight.astype(dtype) for weight in normalise(walk.pixel_axis, *wide)]
+    weights: Any = normalise(walk.pixel_axis, *wide)
+    return [weight.astype(dtype) for weight in weights]

@@ -1,10 +1,12 @@
 """The stability-context condition (GSPN, theorems 1 and 2): logits to row-stochastic tridiagonal weights."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from pallas_kernels import checks
 from pallas_kernels.directions import neighbour_axis
@@ -13,7 +15,7 @@ from pallas_kernels.directions import neighbour_axis
 LOGIT_FLOOR = -27.0
 
 
-def row_stochastic(logits: jax.Array, *, direction: str) -> jax.Array:
+def row_stochastic(logits: ArrayLike, *, direction: str) -> jax.Array:
     """Weights of a line scan: sigmoids of three logits, divided by their sum over the neighbours that exist.
 
     At the border the missing neighbour gets exactly 0 and the others still sum to 1, also on an axis of one pixel. A
@@ -59,7 +61,7 @@ def normalise(axis: int, *logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.
 
 @normalise.defjvp
 def _normalise_jvp(axis, logits, tangents):
-    weights = normalise(axis, *logits)
+    weights: Any = normalise(axis, *logits)
     # d log(share) / d logit = 1 - sigmoid, and 0 where the logit counts as the floor.
     relative = [
         jnp.where(logit < LOGIT_FLOOR, 0, jax.nn.sigmoid(-logit)) * tangent

@@ -1,5 +1,7 @@
 """Softmax self-attention: the baseline."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,7 +34,7 @@ class SoftmaxAttention(nnx.Module):
         if num_heads < 1 or features % num_heads:
             raise ValueError(f"num_heads: expected a divisor of features = {features}, got {num_heads}")
         self.num_heads = num_heads
-        options = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        options: Any = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.qkv = nnx.Linear(features, 3 * features, use_bias=False, **options)
         self.out = nnx.Linear(features, features, use_bias=False, **options)
 

@@ -1,6 +1,7 @@
 """Layers that several networks share, as the authors' programs define them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ class MLP(nnx.Module):
     """Linear, GELU (erf form), linear."""
 
     def __init__(self, features: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        options = dict(kernel_init=NORMAL, dtype=dtype, rngs=rngs)
+        options: Any = dict(kernel_init=NORMAL, dtype=dtype, rngs=rngs)
         self.widen = nnx.Linear(features, hidden, **options)
         self.narrow = nnx.Linear(hidden, features, **options)
 

@@ -66,7 +66,7 @@ def nvlabs_classifier(
       ValueError: a parameter is missing, is left over, or has a shape that does not fit.
     """
     arrays = _unwrapped(arrays)
-    sizes = _read_sizes(arrays)
+    sizes = nvlabs_classifier_sizes(arrays)
     proxy_rank = sizes.pop("proxy_rank")
     mixer = functools.partial(GSPNMixer, proxy_rank=proxy_rank, alignment=alignment)
     build = functools.partial(
@@ -137,7 +137,14 @@ def _unwrapped(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("module."): array for name, array in arrays.items()}
 
 
-def _read_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def nvlabs_classifier_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """num_classes, widths, depths, proxy_rank, expansion and mlp_ratio of what `nvlabs_classifier` takes.
+
+    Raises:
+      ValueError: the parameters that tell them are missing.
+    """
+    arrays = _unwrapped(arrays)
+
     def shape(name: str) -> tuple[int, ...]:
         if name not in arrays:
             raise ValueError(f"arrays: expected a parameter {name}, which is missing; got {len(arrays)} other names")

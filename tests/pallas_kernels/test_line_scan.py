@@ -1,4 +1,5 @@
 import pathlib
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -19,7 +20,7 @@ SIZES = st.sampled_from([(1, 1), (1, 5), (4, 1), (3, 4), (6, 5)])
 SHAPES = [(2, 7, 9, 6), (1, 1, 5, 4), (2, 6, 1, 4), (1, 1, 1, 2), (3, 17, 8, 12)]
 
 
-def draw(shape, weight_channels=None, seed=0, dtype=np.float64):
+def draw(shape, weight_channels=None, seed=0, dtype: Any = np.float64) -> tuple[Any, Any, Any]:
     """x, row-stochastic weights and lam of a map."""
     rng = np.random.default_rng(seed)
     batch, height, width, channels = shape
@@ -100,12 +101,14 @@ def test_16_bit_inputs_keep_a_float32_state(dtype):
     x, weights, lam = draw((2, 9, 64, 8), seed=4, dtype=np.float32)
     x, lam = jnp.asarray(x, dtype), jnp.asarray(lam, dtype)
     grad_h = jnp.asarray(np.random.default_rng(5).normal(size=x.shape), dtype)
-    wide = [np.asarray(array, np.float64) for array in (x, weights, lam)]
+    wide: Any = [np.asarray(array, np.float64) for array in (x, weights, lam)]
     for direction in ("right", "up"):
         h, vjp = jax.vjp(lambda *args, way=direction: line_scan(*args, direction=way), x, weights, lam)
-        assert_close(h, numpy_scan.line_scan(*wide, direction), dtype=dtype, name="h")
+        assert_close(h, numpy_scan.line_scan(*wide, direction=direction), dtype=dtype, name="h")
         with jax.enable_x64(True):
-            _, wide_vjp = jax.vjp(lambda *args, way=direction: reference.scan_forward(*args, way, None), *wide)
+            _, wide_vjp = jax.vjp(
+                lambda *args, way=direction: reference.scan_forward(*args, direction=way, chunk=None), *wide
+            )
             wants = wide_vjp(np.asarray(grad_h, np.float64))
         for name, got, want, kind in zip("xwl", vjp(grad_h), wants, (dtype, "float32", dtype), strict=True):
             # The gradient of the weights is float32 but is made of h, which was kept in x's dtype.

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from tests.tolerances import assert_close
 propagate = jax.jit(pallas_kernels.propagate, static_argnames=("chunk", "alignment"))
 
 
-def draw(shape, weight_channels=None, seed=0, dtype=np.float64, skip=True):
+def draw(shape, weight_channels=None, seed=0, dtype: Any = np.float64, skip=True) -> list[Any]:
     """x, logits, lam, gate, skip and merge of a map."""
     rng = np.random.default_rng(seed)
     batch, height, width, channels = shape
@@ -29,7 +31,7 @@ def draw(shape, weight_channels=None, seed=0, dtype=np.float64, skip=True):
 def test_agrees_with_a_loop_over_pixels(shape, weight_channels, chunk, skip):
     inputs = draw(shape, weight_channels, skip=skip)
     with jax.enable_x64(True):
-        assert_close(propagate(*inputs, chunk=chunk), numpy_scan.propagate(*inputs, chunk))
+        assert_close(propagate(*inputs, chunk=chunk), numpy_scan.propagate(*inputs, chunk=chunk))
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
@@ -37,7 +39,7 @@ def test_agrees_with_a_loop_over_pixels(shape, weight_channels, chunk, skip):
 def test_unturned_agrees_with_a_loop_over_pixels(size, chunk):
     inputs = draw((2, size, size, 4), seed=1)
     with jax.enable_x64(True):
-        want = numpy_scan.propagate_unturned(*inputs, chunk)
+        want = numpy_scan.propagate_unturned(*inputs, chunk=chunk)
         assert_close(propagate(*inputs, chunk=chunk, alignment="unturned"), want)
 
 
@@ -70,7 +72,7 @@ def test_gradient_rule_agrees_with_plain_autodiff(shape, weight_channels, chunk,
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_16_bit_maps(dtype):
     narrow = [jnp.asarray(array, dtype) for array in draw((2, 8, 6, 4), 2, seed=5)]
-    wide = [np.asarray(array, np.float64) for array in narrow]
+    wide: Any = [np.asarray(array, np.float64) for array in narrow]
     grad_y = jnp.asarray(np.random.default_rng(6).normal(size=narrow[0].shape), dtype)
     y, vjp = jax.vjp(propagate, *narrow)
     with jax.enable_x64(True):

@@ -1,4 +1,5 @@
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def test_way_back():
 
 def test_sizes_are_read_off_the_shapes():
     """GSPN-S has another proxy rank, and widths that 8 does not divide."""
-    options = dict(widths=(12, 20, 24, 28), depths=(1, 2, 1, 1))
+    options: Any = dict(widths=(12, 20, 24, 28), depths=(1, 2, 1, 1))
     small = nnx.eval_shape(lambda: build("gspn_s", num_classes=7, rngs=nnx.Rngs(0), **options))
     graph, state = nnx.split(small)
     small = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5, leaf.dtype), state))
