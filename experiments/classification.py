@@ -1,0 +1,214 @@
+"""Classifiers out of configurations: joins models, data and training for the commands beside it.
+
+What a run is goes into its checkpoints and its `config.json` as plain JSON, and is enough to build it again:
+
+    {"model": {"name": ..., "options": {...}}, "num_classes": ..., "class_names": [...],
+     "data": {"name": ..., "path": ..., "image_size": ..., "resize": ..., "mean": [...], "std": [...]},
+     "config": {...}}
+
+"config" is there for runs that were trained here; converted weights go without.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from gspn_jax import data, models
+from gspn_jax.training import (
+    Classification,
+    MeshOptions,
+    MixingOptions,
+    OptimizerOptions,
+    TrainOptions,
+    load_parameters,
+)
+from gspn_jax.training.checkpoint import Checkpoints
+from gspn_jax.training.state import Parameters
+from gspn_jax.training.transfer import fit
+
+# What may change when a run is continued: it changes nothing, or nothing but rounding.
+FREE_KEYS = (
+    "compilation_cache",
+    "data.num_threads",
+    "data.num_workers",
+    "data.on_corrupt",
+    "data.path",
+    "intervals",
+    "keep",
+    "mesh",
+    "model.remat",
+    "profile_steps",
+)
+
+
+def describe(config: Any, dataset: data.Dataset) -> dict[str, Any]:
+    """Returns what a run is, as JSON."""
+    values = config.to_dict()
+    options = {key: value for key, value in values["model"].items() if value is not None}
+    name = options.pop("name")
+    kept = ("name", "path", "image_size", "resize", "mean", "std")
+    return {
+        "model": {"name": name, "options": options},
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "data": {key: values["data"][key] for key in kept},
+        "config": values,
+    }
+
+
+def model_builder(meta: Mapping[str, Any]) -> Callable[[nnx.Rngs], nnx.Module]:
+    """Returns NNX rngs -> the classifier that `meta` describes."""
+    options = dict(meta["model"]["options"])
+    if "dtype" in options:
+        options["dtype"] = jnp.dtype(options["dtype"])
+
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        return models.build(meta["model"]["name"], num_classes=meta["num_classes"], rngs=rngs, **options)
+
+    return build
+
+
+def make_task(meta: Mapping[str, Any], mixing: MixingOptions | None = None) -> Classification:
+    """Returns the task of training or evaluating the classifier that `meta` describes."""
+    return Classification(
+        model_builder(meta),
+        num_classes=meta["num_classes"],
+        mean=meta["data"]["mean"],
+        std=meta["data"]["std"],
+        mixing=mixing,
+    )
+
+
+def layer_lines(meta: Mapping[str, Any]) -> list[str]:
+    """Returns what each line scan of the model runs on."""
+    model = nnx.eval_shape(lambda: model_builder(meta)(nnx.Rngs(0)))
+    size = meta["data"]["image_size"]
+    return models.layer_report(model, (1, size, size, 3))
+
+
+def training_batches(config: Any, source: data.Source) -> data.Batches:
+    """Returns the training batches of this process."""
+    return data.training_batches(
+        source,
+        batch_size=config.batch_size,
+        image_size=config.data.image_size,
+        augmentation=data.Augmentation(**config.augmentation.to_dict()),
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+        on_corrupt=config.data.on_corrupt,
+    )
+
+
+def make_evaluate(
+    task: Classification,
+    source: data.Source,
+    meta: Mapping[str, Any],
+    *,
+    batch_size: int,
+    num_threads: int = 8,
+    num_workers: int = 0,
+    on_corrupt: str = "stop",
+) -> Callable[[Parameters], dict[str, float]]:
+    """Returns parameters -> accuracy on `source`; call it under a mesh. Batches are rounded up to fit the mesh."""
+
+    def evaluate(params: Parameters) -> dict[str, float]:
+        rows = jax.sharding.get_mesh().shape["data"]
+        batches = data.evaluation_batches(
+            source,
+            batch_size=-(-batch_size // rows) * rows,
+            image_size=meta["data"]["image_size"],
+            resize=meta["data"]["resize"] or None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=num_threads,
+            num_workers=num_workers,
+            on_corrupt=on_corrupt,  # pyright: ignore[reportArgumentType]
+        )
+        try:
+            numbers = task.evaluate(params, batches)
+        finally:
+            batches.close()
+        if batches.dropped:
+            logging.warning("%d corrupt images were left out of the evaluation", batches.dropped)
+        return numbers
+
+    return evaluate
+
+
+def steps_per_epoch(config: Any, source: data.Source) -> int:
+    """Returns the optimiser steps that see about as many images as there are."""
+    return max(1, len(source) // max(1, config.batch_size))
+
+
+def train_options(config: Any, epoch: int, workdir: str) -> TrainOptions:
+    """Returns what the loop is told. `epoch`: optimiser steps per epoch."""
+
+    def interval(name: str) -> int:
+        epochs = config.intervals[name]
+        if epochs < 0:
+            raise ValueError(f"intervals.{name}: expected a number >= 0, got {epochs}")
+        return max(1, round(epochs * epoch)) if epochs else 0
+
+    return TrainOptions(
+        workdir=workdir,
+        num_steps=config.steps or config.epochs * epoch,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        accumulate=config.accumulate,
+        log_steps=config.intervals.log_steps,
+        evaluate_steps=interval("evaluate_epochs"),
+        checkpoint_steps=interval("checkpoint_epochs"),
+        keep=config.keep,
+        mesh=MeshOptions(**config.mesh.to_dict()),
+        profile_steps=_profile_steps(config.profile_steps),
+    )
+
+
+def optimizer_options(config: Any, epoch: int, num_steps: int) -> OptimizerOptions:
+    """Returns what the optimiser is told. A run cut short by `config.steps` warms up in the same share of its steps."""
+    options = config.optimizer.to_dict()
+    warmup = options.pop("warmup_epochs") * epoch
+    if config.steps:
+        warmup *= min(1.0, config.steps / (config.epochs * epoch))
+    return OptimizerOptions(warmup_steps=min(round(warmup), num_steps - 1), **options)
+
+
+def start_from(path: str) -> Callable[[Parameters], Mapping[str, np.ndarray]]:
+    """Returns abstract parameters -> what fits them in the workdir `path`; prints what does not."""
+
+    Checkpoints(path, read_only=True).close()  # a wrong path shows before anything is compiled
+
+    def initial(target: Parameters) -> Mapping[str, np.ndarray]:
+        source, meta = load_parameters(path)
+        transfer = fit(source, target)
+        if jax.process_index() == 0:
+            kind = "moving average" if meta["ema"] else "parameters"
+            print(f"from {path}, step {meta['step']}, {kind}:", *transfer.report(), sep="\n")
+        return transfer.loaded
+
+    return initial
+
+
+def _profile_steps(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit()):
+        raise ValueError(f"profile_steps: expected FIRST:END such as 10:15, got {text!r}")
+    return int(first), int(end)
+
+
+def accuracy_lines(numbers: Mapping[str, float]) -> list[str]:
+    """Returns the last lines of a run: both accuracies, then that of the moving average where there is one."""
+    lines = [f"parameters: top-1 {numbers['top1']:.2f}%, top-5 {numbers['top5']:.2f}%"]
+    if "ema_top1" in numbers:
+        lines.append(f"moving average: top-1 {numbers['ema_top1']:.2f}%, top-5 {numbers['ema_top5']:.2f}%")
+    return [*lines, f"top-1: {numbers.get('ema_top1', numbers['top1']):.2f}%"]

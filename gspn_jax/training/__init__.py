@@ -1,0 +1,28 @@
+"""Training: one loop for every task, its optimiser, sharding, checkpoints and reports.
+
+Exports: `train` and what it takes and raises; `Classification`, the task of image classification; `load_parameters` and
+`save_parameters`, which read and make working directories.
+"""
+
+from gspn_jax.training.checkpoint import CheckpointError, load_parameters, save_parameters
+from gspn_jax.training.classification import Classification
+from gspn_jax.training.loop import NonFinite, Preempted, Result, train
+from gspn_jax.training.mixing import MixingOptions
+from gspn_jax.training.optimizer import OptimizerOptions
+from gspn_jax.training.options import TrainOptions
+from gspn_jax.training.sharding import MeshOptions
+
+__all__ = [
+    "CheckpointError",
+    "Classification",
+    "MeshOptions",
+    "MixingOptions",
+    "NonFinite",
+    "OptimizerOptions",
+    "Preempted",
+    "Result",
+    "TrainOptions",
+    "load_parameters",
+    "save_parameters",
+    "train",
+]

@@ -1,0 +1,89 @@
+"""The task of image classification: images and labels to a loss, and parameters to an accuracy."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from gspn_jax.evaluation.accuracy import accuracy, count_batch
+from gspn_jax.training.functional import Functional
+from gspn_jax.training.mixing import MixingOptions, mix
+from gspn_jax.training.sharding import place_batch
+from gspn_jax.training.state import Parameters
+
+
+class Classification:
+    """Trains and evaluates a classifier.
+
+    Args:
+        build: NNX rngs -> module, called as `module(images, key=key) -> logits` with images (B, H, W, C) float32,
+            normalised; key=None means inference; logits (B, num_classes) float32.
+        num_classes: length of the logits.
+        mean, std: per channel, on the 0..255 scale; images come as uint8 and are normalised on the device.
+        mixing: mixup, cutmix and label smoothing of training batches; None: none of them.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[nnx.Rngs], nnx.Module],
+        *,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        mixing: MixingOptions | None = None,
+    ):
+        if len(mean) != len(std) or not len(mean) or min(std) <= 0:
+            raise ValueError(f"mean, std: expected as many positive std as means, got {mean} and {std}")
+        self._module = Functional(build)
+        self.num_classes = num_classes
+        self._mean = np.asarray(mean, np.float32)
+        self._std = np.asarray(std, np.float32)
+        self._mixing = mixing or MixingOptions()
+        self._count = jax.jit(self._count_batch)
+
+    def init(self, key: jax.Array) -> Parameters:
+        """Returns fresh parameters: a nested dict of float32 arrays. Traceable."""
+        return self._module.init(key)
+
+    def logits(self, params: Parameters, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Returns (B, num_classes) logits of (B, H, W, C) images on the 0..255 scale. Traceable."""
+        images = images.astype(jnp.float32)
+        mean, std = (jnp.asarray(value).reshape(1, 1, 1, -1) for value in (self._mean, self._std))
+        return self._module.apply(params, (images - mean) / std, key=key)
+
+    def loss(
+        self, params: Parameters, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the mean cross entropy, () float32, and the accuracy in percent on the mixed batch. Traceable.
+
+        Args:
+            params: nested dict.
+            batch: "image" (B, H, W, C) uint8 and "label" (B,) int32.
+            key: PRNG key for mixing and for the module.
+        """
+        mix_key, module_key = jax.random.split(key)
+        images, targets = mix(
+            batch["image"], batch["label"], mix_key, num_classes=self.num_classes, options=self._mixing
+        )
+        logits = self.logits(params, images, module_key)
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        right = (logits.argmax(-1) == targets.argmax(-1)).astype(jnp.float32)
+        return loss, {"accuracy": 100.0 * right.mean()}
+
+    def evaluate(self, params: Parameters, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
+        """Returns top1 and top5 in percent, loss and images; on the mesh that `jax.set_mesh` has set.
+
+        Args:
+            params: nested dict, placed.
+            batches: "image" (b, H, W, C) uint8, "label" (b,) int32, "mask" (b,) bool: the rows of this process.
+        """
+        place = functools.partial(place_batch, mesh=jax.sharding.get_mesh())
+        return accuracy(lambda batch: self._count(params, batch), batches, place)
+
+    def _count_batch(self, params: Parameters, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        return count_batch(self.logits(params, batch["image"]), batch["label"], batch["mask"])

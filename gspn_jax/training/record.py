@@ -1,0 +1,116 @@
+"""The JSON record beside the arrays of a checkpoint: what they are, where the run stood, what the run is."""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gspn_jax.training.fingerprint import leaves_by_path
+
+CONFIG_FILE = "config.json"
+
+
+class OtherShapes(ValueError):
+    """A checkpoint in order, of other arrays than those asked for."""
+
+
+def make(
+    items: Mapping[str, Any], prints: Mapping[str, Any], meta: Mapping[str, Any], progress: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the record of `items` (name -> tree) with the fingerprints of `fingerprints(items)`."""
+    arrays = {
+        name: {
+            path: [list(leaf.shape), str(leaf.dtype), int(prints[f"{name}/{path}"])]
+            for path, leaf in leaves_by_path(tree).items()
+        }
+        for name, tree in items.items()
+    }
+    step = int(jax.device_get(items["optimizer"]["step"])) if "optimizer" in items else 0
+    content = {"step": step, "arrays": arrays, "meta": dict(meta), "progress": dict(progress)}
+    # Through JSON once, so that the checksum is that of what will be read (tuples become lists).
+    content = json.loads(json.dumps(content))
+    return {"checksum": _checksum(content), "content": content}
+
+
+def checked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a record that was read; ValueError if it changed since it was made."""
+    content = record["content"]
+    if _checksum(content) != record["checksum"]:
+        raise ValueError("the record does not match its checksum")
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def abstract(arrays: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Returns the nested dict of ShapeDtypeStructs that a record describes; without shardings: host arrays."""
+    tree: dict[str, Any] = {}
+    for path, (shape, dtype, _) in arrays.items():
+        *folders, leaf = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+    return tree
+
+
+def check_shapes(arrays: Mapping[str, list[Any]], target: Mapping[str, Any]) -> None:
+    """Raises OtherShapes, naming paths, unless the recorded arrays are exactly those of `target` (path -> leaf)."""
+    have = {path: (tuple(shape), dtype) for path, (shape, dtype, _) in arrays.items()}
+    want = {path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in target.items()}
+    different = sorted(path for path in have.keys() | want.keys() if have.get(path) != want.get(path))
+    if different:
+        shown = ", ".join(f"{path}: has {have.get(path)}, needs {want.get(path)}" for path in different[:3])
+        raise OtherShapes(f"{len(different)} arrays differ from what this run needs ({shown})")
+
+
+def check_fingerprints(arrays: Mapping[str, Mapping[str, list[Any]]], prints: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming arrays, where a fingerprint is not the recorded one."""
+    changed = [
+        path for path, value in prints.items() if int(value) != arrays[path.split("/", 1)[0]][path.split("/", 1)[1]][2]
+    ]
+    if changed:
+        raise ValueError(f"{len(changed)} arrays are not what was saved: {', '.join(changed[:3])}")
+
+
+def write_config(workdir: str | os.PathLike[str], meta: Mapping[str, Any]) -> None:
+    """Writes what a run is to `<workdir>/config.json`, in one piece."""
+    path = Path(workdir) / CONFIG_FILE
+    draft = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
+        os.replace(draft, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
+    """Returns the dotted keys, with both values, at which two configurations differ.
+
+    Args:
+        before, after: nested mappings of JSON values.
+        free: keys that may change, with all that lies below them.
+    """
+    old, new = _flatten(json.loads(json.dumps(before))), _flatten(json.loads(json.dumps(after)))
+    return [
+        f"{key} (was {old.get(key)!r}, is {new.get(key)!r})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
+    ]
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

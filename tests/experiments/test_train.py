@@ -1,0 +1,150 @@
+"""Train, evaluate, predict and fine-tune, with a network of a few thousand parameters."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import classifier
+from experiments import evaluate, predict, train
+from gspn_jax.training import CheckpointError, load_parameters
+from gspn_jax.training.metrics import read_rows
+
+TINY = {"widths": (8,), "depths": (1,), "global_stages": (0,), "proxy_rank": 2}
+
+
+def tiny_config(**changes: Any) -> Any:
+    config = classifier.get_config("digits")
+    config.model.update(TINY | {"mixer": "attention"})  # compiles in a third of the time
+    config.update({"batch_size": 96, "steps": 4, "mesh": {"model": 8}, "intervals": {"log_steps": 1}})
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    workdir = tmp_path_factory.mktemp("digits") / "run"
+    return workdir, train.run(tiny_config(), str(workdir)).evaluation
+
+
+def test_what_training_reports_evaluation_finds_again(trained: tuple[Path, dict[str, float]]):
+    workdir, numbers = trained
+    results = evaluate.run(str(workdir))
+    assert results["step"] == 4 and results["images"] == 360
+    for name in ("top1", "top5", "ema_top1", "ema_top5"):
+        assert results[name] == numbers[name], name
+    assert results["loss"] == pytest.approx(numbers["loss"], rel=1e-5)
+    assert json.loads((workdir / evaluate.RESULTS).read_text()) == json.loads(json.dumps(results))
+    assert json.loads((workdir / "config.json").read_text())["class_names"] == [str(digit) for digit in range(10)]
+    assert [row["step"] for row in read_rows(workdir) if row["kind"] == "train"] == [1, 2, 3, 4]
+
+
+def test_prediction_agrees_with_evaluation(trained: tuple[Path, dict[str, float]], tmp_path: Path):
+    files = [str(tmp_path / name) for name in ("grey.png", "large.jpg")]
+    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(files[0])
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)).save(files[1])
+    answers = predict.run(str(trained[0]), files, top=10)
+    assert len(answers) == 2
+    for classes in answers:
+        assert {name for name, _ in classes} == {str(digit) for digit in range(10)}
+        shares = [share for _, share in classes]
+        assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1, abs=1e-5)
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match="text.png"):
+        predict.run(str(trained[0]), [str(tmp_path / "text.png")])
+    with pytest.raises(ValueError, match="at least one image"):
+        predict.run(str(trained[0]), [])
+
+
+def test_evaluation_on_other_classes_is_refused(trained: tuple[Path, dict[str, float]], tmp_path: Path):
+    with pytest.raises(ValueError, match="expected 10 classes, as the model has, got 3"):
+        evaluate.run(str(trained[0]), name="npz", path=three_classes(tmp_path))
+
+
+def three_classes(folder: Path) -> str:
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {
+        f"x_{split}": rng.integers(0, 255, (96, 12, 12, 3), np.uint8) for split in ("train", "test")
+    }
+    arrays |= {f"y_{split}": np.arange(96, dtype=np.int32) % 3 for split in ("train", "test")}
+    path = folder / "three.npz"
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_fine_tuning_replaces_the_head_also_at_another_resolution(
+    trained: tuple[Path, dict[str, float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = tiny_config(init_from=str(trained[0]), steps=1)
+    config.data.update({"name": "npz", "path": three_classes(tmp_path), "image_size": 12})
+    config.optimizer.update({"learning_rate": 0.0, "min_learning_rate": 0.0, "warmup_learning_rate": 0.0})
+    train.run(config, str(tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert f"from {trained[0]}, step 4, moving average:" in out and "starts fresh: head" in out
+    before, after = load_parameters(trained[0])[0], load_parameters(tmp_path / "run", ema=False)[0]
+    np.testing.assert_array_equal(before["stem"]["first"]["kernel"], after["stem"]["first"]["kernel"])
+    heads = [leaf.shape[-1] for leaf in (before["head"]["kernel"], after["head"]["kernel"])]
+    assert heads == [10, 3]
+
+
+def run_command(module: str, *arguments: str, largest_file: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs a command; largest_file: in blocks of 512 bytes, where not 0."""
+    command = [sys.executable, "-m", f"experiments.{module}", *arguments]
+    if largest_file:
+        command = ["sh", "-c", f'ulimit -f {largest_file}; exec "$@"', "sh", *command]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
+
+
+def test_mistakes_show_before_anything_is_compiled(tmp_path: Path):
+    with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, got 0"):
+        train.run(tiny_config(batch_size=0), str(tmp_path))
+    with pytest.raises(CheckpointError, match="no checkpoints under /nowhere"):
+        train.run(tiny_config(init_from="/nowhere"), str(tmp_path))
+
+
+PRESET = "--config=configs/classifier.py:digits"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((PRESET, "--config.optimizer.lr=1"), "no such key in the configuration: --config.optimizer.lr=1"),
+        ((PRESET + "x",), "preset: expected one of digits"),
+        ((PRESET, "--config.data.name=image_folder", "--config.data.path=/nowhere"), "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_1(arguments: tuple[str, ...], words: str, tmp_path: Path):
+    process = run_command("train", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def test_a_disk_that_fills_up_is_one_line_too(tmp_path: Path):
+    """Files may not grow beyond 20 kB: the checkpoint cannot be written, all smaller files can."""
+    small = [
+        f"--config.model.{name}={value}" for name, value in (TINY | {"widths": (48,), "mixer": "attention"}).items()
+    ]
+    process = run_command("train", f"--workdir={tmp_path / 'run'}", PRESET, "--config.steps=2", *small, largest_file=40)
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"error: cannot write checkpoint {tmp_path / 'run' / 'checkpoints' / '2'}: ")
+    assert line.endswith("there is no checkpoint yet") and len(line) < 600
+
+
+def test_the_commands_end_with_the_accuracy(tmp_path: Path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    small = [f"--config.model.{name}={value}" for name, value in TINY.items()]
+    process = run_command("train", PRESET, workdir, "--config.steps=2", "--config.profile_steps=1:2", *small)
+    assert process.returncode == 0, process.stderr
+    last = process.stdout.splitlines()[-1]
+    assert last.startswith("top-1: ") and last.endswith("%")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    process = run_command("evaluate", workdir)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == last

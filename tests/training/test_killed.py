@@ -1,0 +1,82 @@
+"""Runs that end by force and are continued."""
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from gspn_jax.training.metrics import read_rows
+from tests.training.toy import Outcome, Started
+
+STEPS = 24
+
+
+def without_speed(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, list[dict]]:
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    outcome = Started({"workdir": str(folder / "run"), "num_steps": STEPS}, folder).wait()
+    return outcome, without_speed(read_rows(folder / "run"))
+
+
+def test_kill_at_random_moments_and_resume(whole: tuple[Outcome, list[dict]], tmp_path: Path):
+    """SIGKILL while stepping and while saving, each run continuing the one before: bit-equal in the end."""
+    rng = random.Random(0)
+    workdir = str(tmp_path / "run")
+    deaths = [
+        {"batches": {"kill_at": rng.randrange(1, 5)}},  # before there is a checkpoint
+        {"kill_save": (5, rng.uniform(0.0, 0.03))},
+        {"batches": {"kill_at": rng.randrange(6, 10)}},
+        {"kill_save": (10, rng.uniform(0.03, 0.1))},
+        {"kill_save": (15, 0.0)},
+        {"batches": {"kill_at": rng.randrange(16, 20)}},
+    ]
+    for death in deaths:
+        outcome = Started({"workdir": workdir, "num_steps": STEPS, **death}, tmp_path).wait()
+        assert outcome.code == -signal.SIGKILL, outcome.err
+    last = Started({"workdir": workdir, "num_steps": STEPS}, tmp_path).wait()
+    assert "resuming at step" in last.out
+    assert last.result == whole[0].result
+    assert without_speed(read_rows(workdir)) == whole[1]
+
+
+def test_kill_from_outside_at_random_times(whole: tuple[Outcome, list[dict]], tmp_path: Path):
+    rng = random.Random(1)
+    workdir = tmp_path / "run"
+    arguments = {"workdir": str(workdir), "num_steps": STEPS, "checkpoint_steps": 2, "batches": {"pause": 0.05}}
+    started = Started(arguments, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (workdir / "checkpoints" / "4").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3))
+    started.process.kill()
+    assert started.wait().code == -signal.SIGKILL
+    last = Started({"workdir": str(workdir), "num_steps": STEPS}, tmp_path).wait()
+    assert last.result["digest"] == whole[0].result["digest"]
+
+
+def test_sigterm_saves_and_exits_143_and_the_run_goes_on(whole: tuple[Outcome, list[dict]], tmp_path: Path):
+    workdir = tmp_path / "run"
+    arguments = {"workdir": str(workdir), "num_steps": STEPS, "checkpoint_steps": 0, "batches": {"pause": 0.1}}
+    started = Started(arguments, tmp_path)
+    deadline = time.monotonic() + 60
+    while "step 3/" not in started.printed() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    started.process.terminate()
+    outcome = started.wait()
+    assert outcome.code == 143, outcome.err
+    saved = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+    assert len(saved) == 1 and 3 <= saved[0] < STEPS
+    assert f"stopped after step {saved[0]}" in outcome.err and "last good checkpoint" in outcome.err
+    last = Started({"workdir": str(workdir), "num_steps": STEPS}, tmp_path).wait()
+    assert f"resuming at step {saved[0]}" in last.out
+    assert last.result == whole[0].result
+    assert without_speed(read_rows(workdir)) == whole[1]
+    shutil.rmtree(workdir)

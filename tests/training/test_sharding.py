@@ -1,0 +1,83 @@
+"""Who holds what, and that it does not change what is computed."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gspn_jax.training.metrics import read_rows
+from gspn_jax.training.sharding import MeshOptions, check_batch_size, leaf_spec, make_mesh, place_batch
+from tests.training.toy import toy_train
+
+
+@pytest.mark.parametrize(
+    ("shape", "fsdp", "want"),
+    [
+        ((256, 512), False, P(None, "model")),
+        ((256, 512), True, P("data", "model")),
+        ((256, 511), False, P("model", None)),
+        ((256, 511), True, P("model", None)),
+        ((7, 7, 1, 512), True, P(None, None, None, "model")),
+        ((255, 511), True, P(None, None)),
+        ((16, 16), True, P()),  # small
+        ((2**20,), True, P()),  # a vector
+        ((), True, P()),
+    ],
+)
+def test_leaf_spec(shape: tuple[int, ...], fsdp: bool, want: P):
+    assert leaf_spec(shape, make_mesh(MeshOptions(data=4, model=2)), fsdp=fsdp) == want
+
+
+def test_mesh_takes_what_model_leaves_and_names_what_does_not_fit():
+    assert dict(make_mesh(MeshOptions(model=2)).shape) == {"data": 4, "model": 2}
+    with pytest.raises(ValueError, match="mesh.model: expected a divisor of the 8"):
+        make_mesh(MeshOptions(model=3))
+    with pytest.raises(ValueError, match="mesh.data: expected -1 or 4"):
+        make_mesh(MeshOptions(data=8, model=2))
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of 8 .* got 12"):
+        check_batch_size("batch_size", 12, make_mesh(MeshOptions(model=2)), accumulate=2)
+
+
+def test_place_batch_cuts_rows():
+    mesh = make_mesh(MeshOptions())
+    rows = np.arange(32, dtype=np.int32).reshape(16, 2)
+    placed = place_batch({"rows": rows}, mesh)["rows"]
+    np.testing.assert_array_equal(placed, rows)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
+
+
+MESHES = {
+    "one": {"data": 1, "model": 8},  # the batch on every device; the kernel is cut in eight
+    "data": {"data": 8},
+    "both": {"data": 4, "model": 2},
+    "fsdp": {"data": 4, "model": 2, "fsdp": True},
+}
+
+
+def test_loss_curve_does_not_depend_on_the_mesh(tmp_path):
+    """The hidden layer is large enough to be cut; mixing pairs rows of different devices."""
+    curves, kernels = {}, {}
+    for name, mesh in MESHES.items():
+        state = toy_train(str(tmp_path / name), num_steps=6, mesh=mesh, width=512, checkpoint_steps=0).state
+        curves[name] = [row["loss"] for row in read_rows(tmp_path / name) if row["kind"] == "train"]
+        kernels[name] = state.params["layers"]["0"]["kernel"]
+    assert kernels["fsdp"].sharding.spec == P("data", "model")
+    assert kernels["both"].sharding.spec == P(None, "model")
+    assert kernels["data"].sharding.is_fully_replicated
+    for name in MESHES:
+        np.testing.assert_allclose(curves[name], curves["one"], rtol=2e-5, err_msg=name)
+        np.testing.assert_allclose(kernels[name], kernels["one"], atol=2e-5, err_msg=name)
+    assert len(curves["one"]) == 6 and np.ptp(curves["one"]) > 0.05
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    """Without mixing and noise, whose keys differ by part; every part is spread over the devices."""
+    curves = []
+    for parts in (1, 2):
+        folder = tmp_path / str(parts)
+        toy_train(
+            str(folder), num_steps=5, accumulate=parts, mixing=False, noise=0.0, mesh={"data": 8}, checkpoint_steps=0
+        )
+        curves.append([row["loss"] for row in read_rows(folder) if row["kind"] == "train"])
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)
+    assert jax.device_count() == 8 and len(curves[0]) == 5
