@@ -1,0 +1,78 @@
+"""Draws the curves of runs next to each other, and writes their numbers.
+
+    python -m experiments.plot_training --runs=runs/gspn,runs/attention --output=experiments/results/cifar10
+
+Writes OUTPUT.png and OUTPUT.csv: a row for each logged step and each evaluation of each run.
+"""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from absl import flags
+
+from experiments import command_line
+
+
+def read(workdir: str) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, in order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(workdir) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"runs: expected folders of runs with a metrics.jsonl, got {workdir}")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_csv(runs: dict[str, list[dict[str, Any]]], path: str) -> None:
+    columns = ["run", "kind", "step", "loss", "accuracy", "top1", "top5", "ema_top1", "ema_loss"]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        for name, rows in runs.items():
+            writer.writerows({"run": name, **row} for row in rows)
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], path: str) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, rows in runs.items():
+        train = [row for row in rows if row["kind"] == "train"]
+        held_out = [row for row in rows if row["kind"] == "evaluation"]
+        (line,) = left.plot([row["step"] for row in train], [row["loss"] for row in train], label=name)
+        key = "ema_top1" if held_out and "ema_top1" in held_out[0] else "top1"
+        steps, accuracies = [row["step"] for row in held_out], [row[key] for row in held_out]
+        label = f"{name}: {accuracies[-1]:.2f}" if held_out else name
+        right.plot(steps, accuracies, marker="o", color=line.get_color(), label=label)
+    for axis, title in ((left, "training loss"), (right, "held-out top-1, percent (moving average of parameters)")):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def define_flags() -> None:
+    flags.DEFINE_list("runs", None, "Working directories; the last part of each is its name.", required=True)
+    flags.DEFINE_string("output", None, "Path of both files, without .png and .csv.", required=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    if argv:
+        raise ValueError(f"expected flags only, got {' '.join(argv)}")
+    runs = {Path(run).name: read(run) for run in flags.FLAGS.runs}
+    write_csv(runs, f"{flags.FLAGS.output}.csv")
+    draw(runs, f"{flags.FLAGS.output}.png")
+    print(f"Written to {flags.FLAGS.output}.png and .csv")
+
+
+if __name__ == "__main__":
+    command_line.start(main, define_flags)
