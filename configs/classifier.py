@@ -67,6 +67,9 @@ def _defaults() -> Any:
             "widths": placeholder(tuple),
             "depths": placeholder(tuple),
             "global_stages": placeholder(tuple),
+            "chunk": placeholder(int),  # lines of a local block
+            "expansion": placeholder(float),
+            "mlp_ratio": placeholder(float),
             "stem_stride": placeholder(int),
             "proxy_rank": placeholder(int),
             "weight_channels": placeholder(int),
@@ -79,7 +82,7 @@ def _defaults() -> Any:
             "name": "image_folder",
             "path": "",
             "image_size": 224,
-            "resize": 256,  # short side before the centre crop of evaluation; 0: image_size / 0.875
+            "resize": 0,  # short side before the centre crop of evaluation; 0: image_size / 0.875, which is 256 for 224
             "mean": IMAGENET_MEAN,  # per channel, of 0..255
             "std": IMAGENET_STD,
             "num_threads": 8,
@@ -147,7 +150,6 @@ def _small_images(config: Any) -> None:
     config.model.name = "gspn_nano"
     config.model.dtype = "float32"
     config.data.num_threads = 2
-    config.data.resize = 0
     config.augmentation.crop = "padded"
     config.augmentation.flip = False
     config.augmentation.randaugment_magnitude = 0.0

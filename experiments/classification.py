@@ -38,12 +38,25 @@ FREE_KEYS = (
     "data.num_workers",
     "data.on_corrupt",
     "data.path",
+    "data.resize",
     "intervals",
     "keep",
     "mesh",
     "model.remat",
     "profile_steps",
 )
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+# What the shapes of the parameters do not show, with the values of a model that does not say.
+_UNSEEN = {
+    "mixer": "gspn",
+    "alignment": "aligned",
+    "chunk": 2,
+    "global_stages": (),
+    "stem_stride": 4,
+    "activation": "none",
+}
 
 
 def describe(config: Any, dataset: data.Dataset) -> dict[str, Any]:
@@ -64,6 +77,8 @@ def describe(config: Any, dataset: data.Dataset) -> dict[str, Any]:
 def model_builder(meta: Mapping[str, Any]) -> Callable[[nnx.Rngs], nnx.Module]:
     """Returns NNX rngs -> the classifier that `meta` describes."""
     options = dict(meta["model"]["options"])
+    if options.get("dtype", "float32") not in _DTYPES:
+        raise ValueError(f"model.dtype: expected one of {', '.join(_DTYPES)}; got {options['dtype']!r}")
     if "dtype" in options:
         options["dtype"] = jnp.dtype(options["dtype"])
 
@@ -174,6 +189,8 @@ def train_options(config: Any, epoch: int, workdir: str) -> TrainOptions:
 
 def optimizer_options(config: Any, epoch: int, num_steps: int) -> OptimizerOptions:
     """Returns what the optimiser is told. A run cut short by `config.steps` warms up in the same share of its steps."""
+    if config.epochs < 1:
+        raise ValueError(f"epochs: expected at least 1, got {config.epochs}")
     options = config.optimizer.to_dict()
     warmup = options.pop("warmup_epochs") * epoch
     if config.steps:
@@ -181,17 +198,56 @@ def optimizer_options(config: Any, epoch: int, num_steps: int) -> OptimizerOptio
     return OptimizerOptions(warmup_steps=min(round(warmup), num_steps - 1), **options)
 
 
-def start_from(path: str) -> Callable[[Parameters], Mapping[str, np.ndarray]]:
-    """Returns abstract parameters -> what fits them in the workdir `path`; prints what does not."""
+def check_sizes(config: Any) -> None:
+    """Raises ValueError where an evaluation could not cut the image out of what it was resized to."""
+    image_size, resize = config.data.image_size, config.data.resize
+    if resize and resize < image_size:
+        raise ValueError(
+            f"data.resize: expected 0 (image_size / 0.875) or at least image_size = {image_size}, got {resize}"
+        )
+
+
+def differences(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
+    """Returns, in words, what two runs compute differently although their parameters have the same shapes.
+
+    Args:
+        source, target: as `describe` returns them; the words say what the target would have to be.
+    """
+
+    def seen(meta: Mapping[str, Any]) -> dict[str, Any]:
+        options = {**_UNSEEN, **models.MODELS.get(meta["model"]["name"], {}), **meta["model"]["options"]}
+        values = {f"model.{key}": options[key] for key in _UNSEEN}
+        values |= {f"data.{key}": meta["data"][key] for key in ("mean", "std")}
+        return {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in values.items()}
+
+    was, here = seen(source), seen(target)
+    return [
+        f"{key}: {was[key]} there, {here[key]} here; --config.{key}={str(was[key]).replace(' ', '')} computes the same"
+        for key in was
+        if was[key] != here[key]
+    ]
+
+
+def start_from(path: str, meta: Mapping[str, Any]) -> Callable[[Parameters], Mapping[str, np.ndarray]]:
+    """Returns abstract parameters -> what fits them in the workdir `path`; prints what does not.
+
+    Args:
+        path: workdir of a run or of converted weights.
+        meta: what the run that starts is; what it computes differently from the source is printed too.
+    """
+    if path.endswith(".safetensors"):
+        raise ValueError(f"init_from: expected a workdir, got {path}; python -m experiments.convert makes one of it")
 
     Checkpoints(path, read_only=True).close()  # a wrong path shows before anything is compiled
 
     def initial(target: Parameters) -> Mapping[str, np.ndarray]:
-        source, meta = load_parameters(path)
+        source, found = load_parameters(path)
         transfer = fit(source, target)
         if jax.process_index() == 0:
-            kind = "moving average" if meta["ema"] else "parameters"
-            print(f"from {path}, step {meta['step']}, {kind}:", *transfer.report(), sep="\n")
+            kind = "moving average" if found["ema"] else "parameters"
+            print(f"from {path}, step {found['step']}, {kind}:", *transfer.report(), sep="\n")
+            for line in differences(found, meta):
+                print(f"  differs: {line}")
         return transfer.loaded
 
     return initial

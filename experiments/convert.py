@@ -95,7 +95,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("chunk", 2, "Lines of a local block.", lower_bound=1)
     flags.DEFINE_list("global_stages", ["2", "3"], "Stages with global blocks, from 0; GSPN-S has 3 alone.")
     flags.DEFINE_integer("image_size", 224, "Side of the images of the evaluation.", lower_bound=1)
-    flags.DEFINE_integer("resize", 256, "Short side before the centre crop.", lower_bound=0)
+    flags.DEFINE_integer("resize", 0, "Short side before the centre crop; 0: image size / 0.875.", lower_bound=0)
     flags.DEFINE_string("class_names", None, "Text file, one class a line, in the order of the logits.")
 
 

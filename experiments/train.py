@@ -31,6 +31,7 @@ def run(config: Any, workdir: str) -> Result:
     """
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    classification.check_sizes(config)
     dataset = data.load(config.data.name, config.data.path or None)
     meta = classification.describe(config, dataset)
     epoch = classification.steps_per_epoch(config, dataset.train)
@@ -54,7 +55,7 @@ def run(config: Any, workdir: str) -> Result:
             ),
             meta=meta,
             free_keys=classification.FREE_KEYS,
-            initial=classification.start_from(config.init_from) if config.init_from else None,
+            initial=classification.start_from(config.init_from, meta) if config.init_from else None,
             report=classification.layer_lines(meta),
         )
     finally:

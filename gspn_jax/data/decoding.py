@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # What Pillow raises on damaged files. File system errors are not among them: files are read before they are decoded.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
@@ -24,6 +24,8 @@ def open_picture(data: bytes) -> Image.Image:
     """Reads the header of an image file; pixels are decoded by `decode`. CorruptImage when it is no image."""
     try:
         return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # its text holds an address that differs at each try
+        raise CorruptImage("not a readable image") from error
     except _DECODER_ERRORS as error:
         raise CorruptImage(f"not a readable image ({error})") from error
 
@@ -57,6 +59,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         return picture
     if picture.mode.startswith("I;16"):  # Pillow's own conversion clips 16-bit grey at 255
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("F", "I"):  # Pillow clips at 0 and 255, and most of these have another range
+        raise CorruptImage(f"expected a picture of 8 or 16 bits a channel, got Pillow's mode {picture.mode}")
     if picture.mode == "P":  # straight to RGB, Pillow warns about palettes with transparency
         return picture.convert("RGBA").convert("RGB")
     return picture.convert("RGB")

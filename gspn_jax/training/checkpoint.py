@@ -164,7 +164,10 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise CheckpointError(f"no checkpoint of step {step} under {self.folder}: there are {steps}")
         item = "ema" if ema else "params"
-        found = self._newest_good(steps if step is None else [step], {item: None})
+        # All that a reader may ask for is verified, so that each of them gets the same checkpoint.
+        newest = self.newest_record()
+        wanted = {name: None for name in ("params", "ema") if newest is None or name in newest["arrays"]}
+        found = self._newest_good(steps if step is None else [step], wanted)
         if found is None:
             raise CheckpointError(f"no checkpoints under {self.folder}")
         return found[0][item], found[1]

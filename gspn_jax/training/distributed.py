@@ -9,8 +9,9 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-# How launchers say how many processes there are: SLURM, Open MPI, and comma-separated TPU hosts.
-_COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# How launchers say how many processes there are: srun, mpirun, and comma-separated TPU hosts. SLURM_NTASKS is not one:
+# it is also set in the shell of an allocation, where a command is alone.
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _HOSTS = "TPU_WORKER_HOSTNAMES"
 
 

@@ -134,6 +134,8 @@ def _unwrapped(arrays: Mapping[str, Any]) -> dict[str, Any]:
         wrapped := arrays.get("model", arrays.get("state_dict")), Mapping
     ):
         arrays = wrapped
+    if any(name.startswith("param/") for name in arrays):  # a file that holds inputs and outputs too
+        arrays = {name.removeprefix("param/"): a for name, a in arrays.items() if name.startswith("param/")}
     return {name.removeprefix("module."): array for name, array in arrays.items()}
 
 

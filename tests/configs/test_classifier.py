@@ -1,5 +1,7 @@
 """Presets of the classifiers."""
 
+from typing import Any
+
 import jax
 import pytest
 from flax import nnx
@@ -62,3 +64,48 @@ def test_profile_steps_that_do_not_parse(text: str):
     config.profile_steps = text
     with pytest.raises(ValueError, match="profile_steps: expected FIRST:END"):
         classification.train_options(config, 10, "x")
+
+
+def test_runs_that_compute_something_else_with_the_same_shapes_are_told_apart():
+    target = {"model": {"name": "gspn_t", "options": {}}, "data": {"mean": [1.0], "std": [2.0]}}
+    released = {"alignment": "unturned", "chunk": 4, "global_stages": [2, 3]}
+    source = {"model": {"name": "gspn_t", "options": released}, "data": {"mean": (1.0,), "std": (3.0,)}}
+    assert classification.differences(target, target) == []
+    assert [line.split(";")[0] for line in classification.differences(source, target)] == [
+        "model.alignment: unturned there, aligned here", "model.chunk: 4 there, 2 here",
+        "data.std: (3.0,) there, (2.0,) here",
+    ]  # fmt: skip
+    assert "--config.model.alignment=unturned" in classification.differences(source, target)[0]
+
+
+def test_a_resize_below_the_image_size_is_an_error_before_anything_starts():
+    config = classifier.get_config("gspn_t")
+    config.data.image_size = 288
+    classification.check_sizes(config)
+    config.data.resize = 256
+    with pytest.raises(ValueError, match=r"data.resize: .* at least image_size = 288, got 256"):
+        classification.check_sizes(config)
+
+
+@pytest.mark.parametrize("key,value,words", [
+    ("model.dtype", "bf16", "model.dtype: expected one of float32, bfloat16, float16; got 'bf16'"),
+    ("epochs", 0, "epochs: expected at least 1, got 0"),
+])  # fmt: skip
+def test_values_that_make_no_sense(key: str, value: object, words: str):
+    config = classifier.get_config("digits")
+    config.update_from_flattened_dict({key: value})
+    config.steps = 2
+    meta = classification.describe(config, data.load("digits"))
+    with pytest.raises(ValueError) as error:
+        classification.make_task(meta)
+        classification.optimizer_options(config, 10, 2)
+    assert words in str(error.value)
+
+
+def test_mixer_and_block_options_are_keys_of_the_configuration():
+    config = classifier.get_config("digits")
+    config.update_from_flattened_dict({"model.chunk": 3, "model.expansion": 2.0, "model.mlp_ratio": 3.0})
+    meta = classification.describe(config, data.load("digits"))
+    model: Any = nnx.eval_shape(lambda: classification.model_builder(meta)(nnx.Rngs(0)))
+    block = model.stages[0][0]
+    assert block.mixer.chunk == 3 and block.widen.out_features == 64 and block.mlp.widen.out_features == 96

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -98,3 +100,37 @@ def test_a_file_that_went_away_is_not_called_corrupt(tmp_path):
     (tmp_path / "train/class_0/01.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="class_0/01.jpg"):
         source[1]
+
+
+def test_val_alone_is_enough_to_evaluate(tmp_path):
+    pictures.write_folder(tmp_path)
+    whole = data.load("image_folder", str(tmp_path))
+    shutil.rmtree(tmp_path / "train")
+    alone = data.load("image_folder", str(tmp_path))
+    assert alone.class_names == whole.class_names and len(alone.train) == 0
+    assert [alone.test[i][1] for i in range(len(alone.test))] == [whole.test[i][1] for i in range(len(whole.test))]
+    with pytest.raises(ValueError, match="at least one sample"):
+        data.training_batches(alone.train, batch_size=2, image_size=8)
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(ValueError, match="train/ is missing"):
+        data.load("image_folder", str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pictures_without_a_fixed_range_are_not_guessed_at(tmp_path, mode):
+    pictures.write_folder(tmp_path, train=2, val=1, classes=1)
+    Image.new(mode, (9, 7), 1).save(tmp_path / "train/class_0/02.tiff")
+    source = data.load("image_folder", str(tmp_path)).train
+    with pytest.raises(data.CorruptImage, match=rf"02.tiff: .*8 or 16 bits a channel, got Pillow's mode {mode}"):
+        source[2]
+
+
+def test_a_file_that_is_no_image_is_reported_once(tmp_path, caplog):
+    pictures.write_folder(tmp_path, train=2, val=1, classes=1)
+    (tmp_path / "train/class_0/01.jpg").write_bytes(b"not an image")
+    source = data.load("image_folder", str(tmp_path)).train
+    stream = data.training_batches(source, batch_size=2, image_size=8, on_corrupt="drop", num_threads=2)
+    replaced = sum(next(stream)["replaced"] for _ in range(6))
+    stream.close()
+    assert replaced == 6
+    assert len([record for record in caplog.records if "01.jpg" in record.getMessage()]) == 1

@@ -173,6 +173,21 @@ def test_damaged_checkpoint_falls_back_and_names_both(
     assert Checkpoints(workdir).steps() == [1, 2]
 
 
+@pytest.mark.parametrize("item", ["params", "ema"])
+@pytest.mark.parametrize("ema", [False, True])
+def test_readers_agree_on_the_checkpoint_whichever_item_is_damaged(
+    saved: tuple[Path, dict[int, str]], tmp_path: Path, item: str, ema: bool
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved[0], workdir)
+    for path in large_files(workdir / "checkpoints" / "2" / item):
+        damage(path, "truncated", random.Random(0))
+    _, meta = load_parameters(workdir, ema=ema)
+    assert meta["step"] == 1 and meta["ema"] == ema
+    with pytest.raises(CheckpointError, match="step 2"):
+        load_parameters(workdir, 2, ema=ema)
+
+
 def test_no_damage_to_any_file_passes_as_good(saved: tuple[Path, dict[int, str]], tmp_path: Path):
     """Whatever file is hit: the newest state comes back exact, or the one before it does."""
     rng = random.Random(0)

@@ -50,7 +50,8 @@ def test_two_processes_give_the_loss_curve_of_one_also_when_stopped_between(tmp_
 def test_launchers_are_recognised():
     assert not _launched_with_others({})
     assert not _launched_with_others({"SLURM_NTASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"})
-    assert _launched_with_others({"SLURM_NTASKS": "4"})
+    assert not _launched_with_others({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"})  # the shell of an allocation
+    assert _launched_with_others({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"})
     assert _launched_with_others({"OMPI_COMM_WORLD_SIZE": "2"})
     assert _launched_with_others({"TPU_WORKER_HOSTNAMES": "a,b"})
 

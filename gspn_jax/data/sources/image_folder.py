@@ -36,7 +36,8 @@ def image_folder(path: str | None = None) -> Dataset:
     """Images of any size and number in root/train/CLASS/ and root/val/CLASS/; the classes are train's sorted folders.
 
     Files whose name starts with a dot or has no image extension (jpg, jpeg, png, webp, bmp, ppm, tif, tiff, gif, in
-    any case) are left out. A class may be missing in val, which suits small validation sets, but not in train.
+    any case) are left out. A class may be missing in val, which suits small validation sets, but not in train. Without
+    a folder train the classes are val's, and nothing can be trained on: enough to evaluate.
 
     Args:
         path: the root folder.
@@ -47,7 +48,9 @@ def image_folder(path: str | None = None) -> Dataset:
     if path is None:
         raise ValueError("path: expected a folder with train/CLASS/FILE and val/CLASS/FILE, got None")
     root = pathlib.Path(path)
-    names = {split: _class_names(root, split) for split in ("train", "val")}
+    names = {"val": _class_names(root, "val")} if (root / "val").is_dir() else {}
+    names["train"] = _class_names(root, "train") if (root / "train").is_dir() or not names else names["val"]
+    names["val"] = names.get("val") or _class_names(root, "val")
     extra = sorted(set(names["val"]) - set(names["train"]))
     if extra:
         raise ValueError(
@@ -55,7 +58,7 @@ def image_folder(path: str | None = None) -> Dataset:
         )
     train, val = (ImageFolder(root / split, tuple(names["train"])) for split in ("train", "val"))
     counts = np.bincount(train.labels, minlength=len(names["train"]))
-    if counts.min() == 0:
+    if (root / "train").is_dir() and counts.min() == 0:
         empty = [name for name, count in zip(names["train"], counts, strict=True) if count == 0]
         raise ValueError(f"{root / 'train'}: expected images in every class folder, got none in {', '.join(empty[:5])}")
     if not len(val):
