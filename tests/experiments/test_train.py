@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import classifier
 from experiments import evaluate, predict, train
+from gspn_jax import data
 from gspn_jax.training import CheckpointError, load_parameters
 from gspn_jax.training.metrics import read_rows
 
@@ -42,6 +44,33 @@ def test_what_training_reports_evaluation_finds_again(trained: tuple[Path, dict[
     assert json.loads((workdir / evaluate.RESULTS).read_text()) == json.loads(json.dumps(results))
     assert json.loads((workdir / "config.json").read_text())["class_names"] == [str(digit) for digit in range(10)]
     assert [row["step"] for row in read_rows(workdir) if row["kind"] == "train"] == [1, 2, 3, 4]
+
+
+def test_an_interrupted_run_sees_the_batches_of_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Through the real pipeline: augmented pictures, read ahead by threads, from where the checkpoint says."""
+    intervals = {"log_steps": 1, "checkpoint_epochs": 0.143, "evaluate_epochs": 0.0}  # every 2 of 14 steps
+    config = tiny_config(steps=6, intervals=intervals)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train.run(config, str(whole))
+
+    plain, asked = data.Batches.__next__, []
+
+    def interrupted(self: data.Batches) -> dict[str, Any]:
+        asked.append(None)
+        if len(asked) == 6:
+            raise ConnectionResetError("interrupted")
+        return plain(self)
+
+    monkeypatch.setattr(data.Batches, "__next__", interrupted)
+    with pytest.raises(ConnectionResetError):
+        train.run(config, str(halves))
+    asked.clear()
+    train.run(config, str(halves))
+    assert len(asked) < 6  # it went on and did not start again
+    for ema in (False, True):
+        (want, _), (got, meta) = (load_parameters(folder, ema=ema) for folder in (whole, halves))
+        assert meta["step"] == 6
+        jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_prediction_agrees_with_evaluation(trained: tuple[Path, dict[str, float]], tmp_path: Path):
