@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gspn_jax.mixers.gspn import FAN_IN_UNIFORM
 from gspn_jax.models.depthwise import depthwise_conv, sum_dtype
 
-# What PyTorch starts a convolution with, weights and bias alike: uniform in +-1 / sqrt(fan in).
-FAN_IN_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # Of their linear layers. Theirs is cut off at 100 standard deviations: never.
 NORMAL = nnx.initializers.normal(0.02)
 
