@@ -6,8 +6,16 @@ Directions are named as the scan walks, in the order of every direction axis: ri
 
 from pallas_kernels.directions import DIRECTIONS
 from pallas_kernels.dispatch import implementations, record_choices
-from pallas_kernels.line_scan import line_scan
+from pallas_kernels.line_scan import line_scan, line_scan_from_logits
 from pallas_kernels.propagation import propagate
 from pallas_kernels.stability import row_stochastic
 
-__all__ = ["DIRECTIONS", "implementations", "line_scan", "propagate", "record_choices", "row_stochastic"]
+__all__ = [
+    "DIRECTIONS",
+    "implementations",
+    "line_scan",
+    "line_scan_from_logits",
+    "propagate",
+    "record_choices",
+    "row_stochastic",
+]

@@ -32,6 +32,14 @@ def check_weight_channels(name: str, weight_channels: int, channels: int) -> Non
         raise ValueError(f"{name}: expected C_w, its last axis, to divide C = {channels}, got {weight_channels}")
 
 
+def check_weight_map(name: str, weights: jax.Array, x: jax.Array) -> None:
+    """(B, H, W, 3, C_w) for an x of (B, H, W, C), C_w a divisor of C."""
+    if weights.ndim != 5:
+        raise ValueError(f"{name}: expected shape (B, H, W, 3, C_w), got {weights.shape}")
+    check_shape(name, weights, (*x.shape[:3], 3, weights.shape[-1]), "(B, H, W, 3, C_w) with x's B, H, W")
+    check_weight_channels(name, weights.shape[-1], x.shape[-1])
+
+
 def check_direction(direction: str) -> None:
     if direction not in DIRECTIONS:
         raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}; got {direction!r}")

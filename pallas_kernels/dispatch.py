@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-_MOSAIC_MISSING = "the Mosaic GPU kernels are not part of this version"
+from pallas_kernels.mosaic import card
+
+# dtypes of the arrays that the Mosaic kernels take.
+_MOSAIC_DTYPES = frozenset(("float32", "bfloat16", "float16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +25,20 @@ _records: list[list[Choice]] = []
 
 
 def implementations() -> dict[str, str | None]:
-    """Names of the implementations, fastest first: None for one that can run here, else the reason why it cannot."""
-    return {"mosaic": _MOSAIC_MISSING, "xla": None}
+    """Names of the implementations, fastest first: None for one that can run here, else the reason why it cannot.
+
+    "mosaic": the Pallas kernels, on an NVIDIA card with TMA (compute capability 9.0 and above). "xla": `lax.scan`, on
+    anything. "mosaic_interpret": the same kernels run by Pallas' interpreter, which watches for races, on anything; too
+    slow for more than looking, and only taken when asked for.
+    """
+    present = card.present()
+    return {"mosaic": present if isinstance(present, str) else None, "xla": None, "mosaic_interpret": None}
 
 
-def choose(operation: str, implementation: str | None, shape: tuple[int, ...], chunk: int | None) -> str:
-    """The implementation that runs `operation` on an x of `shape`.
+def choose(
+    operation: str, implementation: str | None, shape: tuple[int, ...], chunk: int | None, dtypes: Collection[str]
+) -> str:
+    """The implementation that runs `operation` on an x of `shape`, with arrays of `dtypes`.
 
     None takes the first of `implementations()` that can run. A named one that cannot run raises: nothing falls back
     unless it was asked to choose.
@@ -36,9 +47,13 @@ def choose(operation: str, implementation: str | None, shape: tuple[int, ...], c
       ValueError: `implementation` is not a known name, or cannot run here (with the reason).
     """
     known = implementations()
+    unknown_dtypes = sorted(set(dtypes) - _MOSAIC_DTYPES)
+    if unknown_dtypes:
+        reason = f"the kernels take {', '.join(sorted(_MOSAIC_DTYPES))}, not {', '.join(unknown_dtypes)}"
+        known = {name: reason if name.startswith("mosaic") else why for name, why in known.items()}
     if implementation is None:
         name = next(candidate for candidate, reason in known.items() if reason is None)
-        reason = "; ".join(f"{other}: {why}" for other, why in known.items() if why is not None)
+        reason = "; ".join(f"{other}: {why}" for other, why in known.items() if why and other != "mosaic_interpret")
     elif implementation not in known:
         raise ValueError(f"implementation: expected None or one of {', '.join(known)}; got {implementation!r}")
     elif known[implementation] is not None:

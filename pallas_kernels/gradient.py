@@ -1,21 +1,20 @@
 """The gradient rules, shared by every implementation.
 
-An implementation is a module with the four functions of `reference`: scan and propagation, forward and backward. The
+An implementation has the four functions of `reference`: scan and propagation, forward and backward. The
 rules decide what is kept in between (the inputs and h, never more) and where the mesh comes in.
 """
 
 import dataclasses
 import functools
-import types
+from typing import Any
 
 import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import reference
+from pallas_kernels.mosaic.tiles import Tile
 from pallas_kernels.sharding import MeshAxes, sharded
-
-_IMPLEMENTATIONS: dict[str, types.ModuleType] = {"xla": reference}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +24,24 @@ class Call:
     implementation: str
     chunk: int | None
     axes: MeshAxes
-    direction: str | None = None  # of a line scan
+    # Of a line scan:
+    direction: str | None = None
+    from_logits: bool = False  # its weights are given as logits
+    tile: Tile | None = None
 
     @property
-    def module(self) -> types.ModuleType:
-        return _IMPLEMENTATIONS[self.implementation]
+    def functions(self) -> Any:
+        if self.implementation == "xla":
+            return reference
+        # Here, since importing Pallas takes a second and needs parts of jaxlib that not every platform has.
+        from pallas_kernels.mosaic.operations import Kernels
+
+        return Kernels(interpret=self.implementation == "mosaic_interpret")
+
+    @property
+    def scan_options(self) -> dict[str, Any]:
+        options = dict(direction=self.direction, chunk=self.chunk, from_logits=self.from_logits)
+        return options if self.tile is None else options | dict(tile=self.tile)
 
 
 def _summed(gradient: jax.Array, names: tuple[str, ...]) -> jax.Array:
@@ -43,8 +55,8 @@ def _over_shared_weights(call: Call) -> tuple[str, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan(call: Call, x: jax.Array, weights: jax.Array, lam: jax.Array) -> jax.Array:
-    """`line_scan` after its checks."""
-    forward = functools.partial(call.module.scan_forward, direction=call.direction, chunk=call.chunk)
+    """`line_scan`, or `line_scan_from_logits`, after its checks."""
+    forward = functools.partial(call.functions.scan_forward, **call.scan_options)
     maps, rows = call.axes.map_spec(4), call.axes.weight_spec(5)
     return sharded(forward, call.axes, (maps, rows, maps), maps)(x, weights, lam)
 
@@ -56,7 +68,7 @@ def _scan_forward(call, x, weights, lam):
 
 def _scan_backward(call, residuals, grad_h):
     def backward(*arrays):
-        grad_x, grad_weights, grad_lam = call.module.scan_backward(*arrays, direction=call.direction, chunk=call.chunk)
+        grad_x, grad_weights, grad_lam = call.functions.scan_backward(*arrays, **call.scan_options)
         return grad_x, _summed(grad_weights, _over_shared_weights(call)), grad_lam
 
     maps, rows = call.axes.map_spec(4), call.axes.weight_spec(5)
@@ -73,7 +85,7 @@ def propagation(call: Call, x, logits, lam, gate, skip, merge) -> jax.Array:
 
 
 def _propagation_forward(call, x, logits, lam, gate, skip, merge):
-    forward = functools.partial(call.module.propagation_forward, chunk=call.chunk)
+    forward = functools.partial(call.functions.propagation_forward, chunk=call.chunk)
     inputs = (x, logits, lam, gate, skip, merge)
     states = (call.axes.map_spec(4),) * 4
     y, h = sharded(forward, call.axes, _propagation_specs(call, skip), (call.axes.map_spec(4), states))(*inputs)
@@ -84,7 +96,7 @@ def _propagation_backward(call, residuals, grad_y):
     inputs, h = residuals
 
     def backward(inputs, h, grad_y):
-        *gradients, grad_merge = call.module.propagation_backward(*inputs, h, grad_y, chunk=call.chunk)
+        *gradients, grad_merge = call.functions.propagation_backward(*inputs, h, grad_y, chunk=call.chunk)
         gradients[1] = _summed(gradients[1], _over_shared_weights(call))
         return *gradients, _summed(grad_merge, call.axes.names)
 

@@ -1,10 +1,11 @@
-"""The line scan: GSPN's recurrence in one direction."""
+"""The line scan, GSPN's recurrence in one direction: from weights, or from the logits of row-stochastic weights."""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import checks, dispatch, gradient
+from pallas_kernels.mosaic.tiles import Tile
 from pallas_kernels.sharding import usable_axes, vary_alike
 
 
@@ -16,6 +17,7 @@ def line_scan(
     direction: str,
     chunk: int | None = None,
     implementation: str | None = None,
+    tile: Tile | None = None,
     batch_axis: str | None = "data",
     channel_axis: str | None = "model",
 ) -> jax.Array:
@@ -39,6 +41,8 @@ def line_scan(
       direction: "right", "down", "left" or "up".
       chunk: the state restarts every `chunk` lines, counted from the line where the direction starts; None never.
       implementation: a name of `implementations()`, or None for the fastest that can run.
+      tile: how a Mosaic kernel cuts the map (`pallas_kernels.mosaic.tiles`), forward and backward; None for what was
+        measured or else estimated to be fastest. The results depend on it by rounding alone.
       batch_axis, channel_axis: mesh axes (of `jax.set_mesh`) that split B and C; each device scans its own part. An
         axis that the mesh lacks, that is already manual, or that does not divide is left out.
 
@@ -50,21 +54,65 @@ def line_scan(
     """
     x, weights, lam = jnp.asarray(x), jnp.asarray(weights), jnp.asarray(lam)
     checks.check_map("x", x)
-    if weights.ndim != 5:
-        raise ValueError(f"weights: expected shape (B, H, W, 3, C_w), got {weights.shape}")
-    checks.check_shape("weights", weights, (*x.shape[:3], 3, weights.shape[-1]), "(B, H, W, 3, C_w) with x's B, H, W")
-    checks.check_weight_channels("weights", weights.shape[-1], x.shape[-1])
+    checks.check_weight_map("weights", weights, x)
     checks.check_float("weights", weights, (checks.state_dtype(x).name,))
+    return _scan(x, weights, lam, direction, chunk, implementation, tile, batch_axis, channel_axis, from_logits=False)
+
+
+def line_scan_from_logits(
+    x: ArrayLike,
+    logits: ArrayLike,
+    lam: ArrayLike,
+    *,
+    direction: str,
+    chunk: int | None = None,
+    implementation: str | None = None,
+    tile: Tile | None = None,
+    batch_axis: str | None = "data",
+    channel_axis: str | None = "model",
+) -> jax.Array:
+    """`line_scan(x, row_stochastic(logits), lam)` without the weights in memory: they are made where they are used.
+
+    Differentiable in x, logits and lam.
+
+    Args:
+      x, lam, direction, chunk, implementation, tile, batch_axis, channel_axis: as in `line_scan`.
+      logits: (B, H, W, 3, C_w), C_w a divisor of C, float32, bfloat16, float16 or float64. Slots as in `line_scan`.
+
+    Returns:
+      h, (B, H, W, C) in x's dtype.
+
+    Raises:
+      ValueError: wrong shapes, dtypes, direction, chunk, axis names, or an implementation that cannot run here.
+    """
+    x, logits, lam = jnp.asarray(x), jnp.asarray(logits), jnp.asarray(lam)
+    checks.check_map("x", x)
+    checks.check_weight_map("logits", logits, x)
+    checks.check_float("logits", logits)
+    return _scan(x, logits, lam, direction, chunk, implementation, tile, batch_axis, channel_axis, from_logits=True)
+
+
+def _scan(
+    x, weights, lam, direction, chunk, implementation, tile, batch_axis, channel_axis, from_logits: bool
+) -> jax.Array:
     checks.check_shape("lam", lam, x.shape, "that of x")
     checks.check_float("lam", lam)
     checks.check_direction(direction)
     chunk = checks.check_chunk(chunk)
     checks.check_axis_name("batch_axis", batch_axis)
     checks.check_axis_name("channel_axis", channel_axis)
+    if tile is not None and not isinstance(tile, Tile):
+        raise ValueError(f"tile: expected None or a Tile of pallas_kernels.mosaic.tiles, got {tile!r}")
+    operation = "line_scan_from_logits" if from_logits else "line_scan"
+    dtypes = {array.dtype.name for array in (x, weights, lam)}
     call = gradient.Call(
-        implementation=dispatch.choose("line_scan", implementation, x.shape, chunk),
+        implementation=dispatch.choose(operation, implementation, x.shape, chunk, dtypes),
         chunk=chunk,
         axes=usable_axes(x.shape[0], x.shape[-1], weights.shape[-1], batch_axis, channel_axis),
         direction=direction,
+        from_logits=from_logits,
+        tile=tile,
     )
+    if tile is not None and call.implementation == "xla":
+        raise ValueError("tile: expected None where `xla` runs, which has no tiles")
     return gradient.scan(call, *vary_alike(x, weights, lam))

@@ -6,9 +6,8 @@ from jax.typing import ArrayLike
 
 from pallas_kernels import checks, dispatch, gradient
 from pallas_kernels.directions import DIRECTIONS
-from pallas_kernels.line_scan import line_scan
+from pallas_kernels.line_scan import line_scan_from_logits
 from pallas_kernels.sharding import usable_axes, vary_alike
-from pallas_kernels.stability import row_stochastic
 
 ALIGNMENTS = ("aligned", "unturned")
 
@@ -65,8 +64,9 @@ def propagate(
             raise ValueError(f"alignment: 'unturned' expects a square map, got x of shape {x.shape}")
         options = dict(chunk=chunk, implementation=implementation, batch_axis=batch_axis, channel_axis=channel_axis)
         return _unturned(x, logits, lam, gate, skip, merge, **options)
+    dtypes = {array.dtype.name for array in (x, logits, lam, gate, skip) if array is not None}
     call = gradient.Call(
-        implementation=dispatch.choose("propagate", implementation, x.shape, chunk),
+        implementation=dispatch.choose("propagate", implementation, x.shape, chunk, dtypes),
         chunk=chunk,
         axes=usable_axes(x.shape[0], x.shape[-1], logits.shape[-1], batch_axis, channel_axis),
     )
@@ -95,8 +95,7 @@ def _unturned(x, logits, lam, gate, skip, merge, **options) -> jax.Array:
     for d, direction in enumerate(DIRECTIONS):
         turned = jnp.swapaxes(x, 1, 2) if direction in ("down", "up") else x
         turned = turned[:, :, ::-1] if direction in ("left", "up") else turned
-        weights = row_stochastic(logits[:, :, :, d], direction="right").astype(dtype)
-        h = line_scan(turned, weights, lam[:, :, :, d], direction="right", **options)
+        h = line_scan_from_logits(turned, logits[:, :, :, d], lam[:, :, :, d], direction="right", **options)
         part = gate[:, :, :, d].astype(dtype) * h.astype(dtype)
         if skip is not None:
             part = part + skip[:, :, :, d].astype(dtype) * turned.astype(dtype)

@@ -15,18 +15,19 @@ from pallas_kernels.walk import Walk, gathered, spread
 _SLOTS = range(3)
 
 
-def scan_forward(x: jax.Array, weights: jax.Array, lam: jax.Array, direction: str, chunk: int | None) -> jax.Array:
-    """h of `line_scan`: (B, H, W, C) in x's dtype."""
+def scan_forward(
+    x: jax.Array, weights: jax.Array, lam: jax.Array, direction: str, chunk: int | None, *, from_logits: bool
+) -> jax.Array:
+    """h of `line_scan`, or of `line_scan_from_logits` with logits as weights: (B, H, W, C) in x's dtype."""
     walk = Walk(direction, x.shape, chunk)
     dtype = state_dtype(x)
     x_view, w_view, lam_view = (walk.chunks(array) for array in (x, weights, lam))
 
     def step(carry, index):
         halo, h = carry
-        w_lines = [walk.line(w_view, index, slot).astype(dtype) for slot in _SLOTS]
-        line = _mix(walk, w_lines, halo) + walk.line(lam_view, index).astype(dtype) * walk.line(x_view, index).astype(
-            dtype
-        )
+        w_lines = _weight_lines(walk, _slot_lines(walk, w_view, index), dtype, from_logits)
+        gated = walk.line(lam_view, index).astype(dtype) * walk.line(x_view, index).astype(dtype)
+        line = _mix(walk, w_lines, halo) + gated
         return (walk.fill(halo, line), walk.put(h, line, index)), None
 
     start = walk.halo(walk.line(x_view, 0).astype(dtype)), jnp.zeros_like(x_view)
@@ -35,9 +36,10 @@ def scan_forward(x: jax.Array, weights: jax.Array, lam: jax.Array, direction: st
 
 
 def scan_backward(
-    x: jax.Array, weights: jax.Array, lam: jax.Array, h: jax.Array, grad_h: jax.Array, direction: str, chunk: int | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of x, weights and lam, each in its own dtype: the scan walked backwards on `grad_h`."""
+    x: jax.Array, weights: jax.Array, lam: jax.Array, h: jax.Array, grad_h: jax.Array, direction: str,
+    chunk: int | None, *, from_logits: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Gradients of x, weights (or logits) and lam, each in its own dtype: the scan walked backwards on `grad_h`."""
     walk = Walk(direction, x.shape, chunk)
     dtype = state_dtype(x)
     x_view, w_view, lam_view, h_view, grad_view = (walk.chunks(array) for array in (x, weights, lam, h, grad_h))
@@ -45,10 +47,13 @@ def scan_backward(
     def step(carry, index):
         passed, before, grad_x, grad_w, grad_lam = carry
         total = walk.line(grad_view, index).astype(dtype) + _unmix(walk, passed)
-        w_lines = [walk.line(w_view, index, slot).astype(dtype) for slot in _SLOTS]
+        w_lines, to_given = jax.vjp(
+            lambda lines: _weight_lines(walk, lines, dtype, from_logits), _slot_lines(walk, w_view, index)
+        )
         before = walk.fill(before, _line_before(walk, h_view, index, dtype))
-        for slot, neighbour in enumerate(walk.neighbours(before)):
-            grad_w = walk.put(grad_w, gathered(total * neighbour, weights.shape[-1]), index, slot)
+        of_weights = [gathered(total * line, weights.shape[-1]) for line in walk.neighbours(before)]
+        for slot, line in enumerate(to_given(of_weights)[0]):
+            grad_w = walk.put(grad_w, line, index, slot)
         grad_x = walk.put(grad_x, walk.line(lam_view, index).astype(dtype) * total, index)
         grad_lam = walk.put(grad_lam, walk.line(x_view, index).astype(dtype) * total, index)
         return (_pass_back(walk, passed, w_lines, total), before, grad_x, grad_w, grad_lam), None
@@ -74,7 +79,10 @@ def propagation_forward(x, logits, lam, gate, skip, merge, chunk: int | None) ->
             halo, h, y = carry
             x_line = walk.line(x_view, index).astype(dtype)
             lam_line, gate_line, skip_line = _map_lines(walk, views, index, d, dtype)
-            line = _mix(walk, _weights(walk, _logit_lines(walk, logit_view, index, d), dtype), halo) + lam_line * x_line
+            line = (
+                _mix(walk, _weight_lines(walk, _slot_lines(walk, logit_view, index, d), dtype, True), halo)
+                + lam_line * x_line
+            )
             # What the gate meets is h as it is kept, so that forward and backward agree.
             part = gate_line * line.astype(x.dtype).astype(dtype)
             if skip_line is not None:
@@ -108,7 +116,7 @@ def propagation_backward(x, logits, lam, gate, skip, merge, h, grad_y, chunk: in
             x_line, h_line, grad_line = (walk.line(view, index).astype(dtype) for view in (x_view, h_view, grad_view))
             lam_line, gate_line, skip_line = _map_lines(walk, views, index, d, dtype)
             weights, to_logits = jax.vjp(
-                lambda lines: _weights(walk, lines, dtype), _logit_lines(walk, logit_view, index, d)
+                lambda lines: _weight_lines(walk, lines, dtype, True), _slot_lines(walk, logit_view, index, d)
             )
             scaled = wide_merge[d] * grad_line
             total = scaled * gate_line + _unmix(walk, passed)  # of h
@@ -169,11 +177,14 @@ def _map_lines(walk: Walk, views: Sequence[jax.Array | None], index, d: int, dty
     return [None if view is None else walk.line(view, index, d).astype(dtype) for view in views]
 
 
-def _logit_lines(walk: Walk, logit_view: jax.Array, index, d: int) -> list[jax.Array]:
-    return [walk.line(logit_view, index, d, slot) for slot in _SLOTS]
+def _slot_lines(walk: Walk, view: jax.Array, index, *direction: int) -> list[jax.Array]:
+    return [walk.line(view, index, *direction, slot) for slot in _SLOTS]
 
 
-def _weights(walk: Walk, logit_lines: Sequence[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
-    wide = (line.astype(state_dtype(line)) for line in logit_lines)
+def _weight_lines(walk: Walk, lines: Sequence[jax.Array], dtype: jnp.dtype, from_logits: bool) -> list[jax.Array]:
+    """Weights in the state's dtype from the three lines of what was given."""
+    if not from_logits:
+        return [line.astype(dtype) for line in lines]
+    wide = (line.astype(state_dtype(line)) for line in lines)
     weights: Any = normalise(walk.pixel_axis, *wide)
     return [weight.astype(dtype) for weight in weights]

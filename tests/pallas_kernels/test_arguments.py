@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import implementations, line_scan, propagate, record_choices
+from pallas_kernels.mosaic.tiles import Tile
 from tests.pallas_kernels.test_line_scan import draw as draw_scan
 from tests.pallas_kernels.test_propagation import draw as draw_maps
 
@@ -36,7 +37,8 @@ def propagate_with(name, value):
     ("direction", "north", ("right, down, left, up", "'north'")),
     ("chunk", 0, ("at least 1", "0")), ("chunk", 2.0, ("whole number", "2.0")),
     ("chunk", True, ("whole number", "True")),
-    ("implementation", "cuda", ("xla", "'cuda'")), ("implementation", "mosaic", ("cannot run here", "Mosaic")),
+    ("implementation", "cuda", ("xla", "'cuda'")), ("implementation", "mosaic", ("cannot run here", "NVIDIA")),
+    ("tile", 64, ("Tile", "64")), ("tile", Tile(64, 8), ("xla",)),
     ("batch_axis", 0, ("mesh axis", "0")), ("channel_axis", ("a",), ("mesh axis", "('a',)")),
 ])  # fmt: skip
 def test_line_scan(name, value, words):
@@ -67,7 +69,8 @@ def test_propagate(name, value, words):
 
 def test_implementations_say_why_not():
     known = implementations()
-    assert known["xla"] is None and "not part of" in str(known["mosaic"])
+    assert known["xla"] is None and known["mosaic_interpret"] is None
+    assert "JAX runs on the cpu" in str(known["mosaic"])
 
 
 def test_choices_are_recorded_with_their_reason():

@@ -79,7 +79,9 @@ def test_gradient_rule_agrees_with_plain_autodiff(direction, weight_channels, ch
     grad_h = np.random.default_rng(2).normal(size=inputs[0].shape)
     with jax.enable_x64(True):
         _, ruled = jax.vjp(lambda *args: line_scan(*args, direction=direction, chunk=chunk), *inputs)
-        _, plain = jax.vjp(lambda *args: reference.scan_forward(*args, direction=direction, chunk=chunk), *inputs)
+        _, plain = jax.vjp(
+            lambda *args: reference.scan_forward(*args, direction=direction, chunk=chunk, from_logits=False), *inputs
+        )
         for name, got, want in zip("x weights lam".split(), ruled(grad_h), plain(grad_h), strict=True):
             assert_close(got, want, name=name)
 
@@ -107,7 +109,10 @@ def test_16_bit_inputs_keep_a_float32_state(dtype):
         assert_close(h, numpy_scan.line_scan(*wide, direction=direction), dtype=dtype, name="h")
         with jax.enable_x64(True):
             _, wide_vjp = jax.vjp(
-                lambda *args, way=direction: reference.scan_forward(*args, direction=way, chunk=None), *wide
+                lambda *args, way=direction: reference.scan_forward(
+                    *args, direction=way, chunk=None, from_logits=False
+                ),
+                *wide,
             )
             wants = wide_vjp(np.asarray(grad_h, np.float64))
         for name, got, want, kind in zip("xwl", vjp(grad_h), wants, (dtype, "float32", dtype), strict=True):

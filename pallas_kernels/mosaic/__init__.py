@@ -1,0 +1,1 @@
+"""Pallas Mosaic GPU kernels for NVIDIA cards with TMA (compute capability 9.0 and above)."""

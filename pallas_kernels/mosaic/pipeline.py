@@ -1,0 +1,248 @@
+"""What the kernels share: which lines a CTA walks, and the pipeline of copies around its arithmetic.
+
+A CTA owns (image, chunk, segment of the line, channel block). Its warpgroups lie side by side along the line, each
+with a ring of TMA loads of its own; the state line in shared memory is common to them. A chunk needs no reset: it is a
+place in the grid. Directions differ in `Pipeline.at` alone: nothing is transposed.
+
+Where a line is cut into segments, each CTA computes a ghost zone at both ends that its neighbours own. The edge of what
+is right moves inward by one pixel a line, so that after `tile.ghost` lines the kernel ends, having written the state of
+its own pixels, and the next launch reads it with fresh ghost zones.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.directions import walked_axis, walks_back
+from pallas_kernels.mosaic import primitives
+from pallas_kernels.mosaic.tiles import Tile
+
+
+class Pipeline:
+    """The walk of one kernel over (B, H, W, ...) arrays.
+
+    Args:
+      shape: of x, (B, H, W, C).
+      direction: of the scan.
+      chunk: lines after which the state restarts, or None.
+      tile: what a CTA takes.
+      reverse: whether the lines are walked from the last to the first, as a gradient is.
+    """
+
+    def __init__(self, shape: tuple[int, ...], direction: str, chunk: int | None, tile: Tile, reverse: bool):
+        self.batch, self.channels = shape[0], shape[-1]
+        self.axis, self.back = walked_axis(direction), walks_back(direction)
+        self.lines, self.length = shape[self.axis], shape[3 - self.axis]
+        self.chunk = min(chunk or self.lines, self.lines)
+        self.tile, self.reverse = tile, reverse
+        self.stages = min(tile.stages, self.chunk)
+        self.chunks = -(-self.lines // self.chunk)
+        self.segments = -(-self.length // tile.own) if tile.ghost else 1
+        self.blocks = -(-self.channels // tile.channels)
+        self.launches = -(-self.chunk // tile.ghost) if tile.ghost else 1
+
+    @property
+    def grid(self) -> dict[str, int]:
+        # Channel blocks last: neighbours share sectors of memory and run at about the same time.
+        return {"image": self.batch, "chunk": self.chunks, "segment": self.segments, "block": self.blocks}
+
+    def state(self, lines: int) -> jax.ShapeDtypeStruct:
+        """What one launch hands to the next: `lines` lines of float32 for each image and chunk, rounded up to tiles."""
+        pixels, channels = self.segments * self.tile.own, self.blocks * self.tile.channels
+        return jax.ShapeDtypeStruct((self.batch, self.chunks, lines, pixels, channels), jnp.float32)
+
+    def enter(self, launch: Any) -> None:
+        """Finds the place of this CTA and warpgroup, first of all in a kernel; `launch` holds the launch's number."""
+        tile = self.tile
+        self.image, self.chunk_index, self.segment, self.block_index, self.warpgroup = (
+            lax.axis_index(name) for name in (*self.grid, "warpgroup")
+        )
+        self.block = pl.ds(self.block_index * tile.channels, tile.channels)
+        self._first = self.chunk_index * self.chunk
+        self._lines_of_chunk = jnp.minimum(self.chunk, self.lines - self._first)
+        self._walked, self.count = 0, self._lines_of_chunk
+        # The first segment has no ghost zone before it. Its tile starts at the border all the same, since a TMA copy
+        # that starts at a negative pixel is read differently by the interpreter.
+        self.offset, start = 0, 0
+        if tile.ghost:
+            start = jnp.maximum(self.segment * tile.own - tile.ghost, 0)
+            self.offset = self.segment * tile.own - start
+            self._walked = launch[...] * tile.ghost
+            self.count = jnp.clip(self._lines_of_chunk - self._walked, 0, tile.ghost)
+        self.place = self.warpgroup * tile.rows  # of this warpgroup's first pixel in the CTA's part of the line
+        # At least 0 + a traced 0: a slice that is longer than its axis needs a start that is not known beforehand.
+        self.pixel = start + self.place
+
+    def line(self, n: Any) -> Any:
+        """Index in the image of the n-th line that this launch walks."""
+        n = self._walked + n
+        position = self._first + (self._lines_of_chunk - 1 - n if self.reverse else n)
+        return self.lines - 1 - position if self.back else position
+
+    def line_before(self, n: Any) -> Any:
+        """Index of the line whose state line n read; outside of the image where there is none."""
+        is_first = self._walked + n == (self._lines_of_chunk - 1 if self.reverse else 0)
+        return jnp.where(is_first, self.lines, self.line(n + 1 if self.reverse else n - 1))
+
+    def at(self, ref: Any, line: Any, pixels: Any, *slots: Any) -> Any:
+        """Pixels of a line of a (B, H, W, ..., C) array: the only place that knows the direction."""
+        place = (line, pixels) if self.axis == 1 else (pixels, line)
+        return ref.at[(self.image, *place, *slots, self.block)]
+
+    def rows(self) -> Any:
+        """The pixels of this warpgroup."""
+        return pl.ds(self.pixel, self.tile.rows)
+
+    def store(self, source: Any, ref: Any, n: Any, *slots: Any) -> None:
+        """Starts the copy of a tile of results, (rows, ..., channels), to line n: of the pixels that the CTA owns."""
+        tile = self.tile
+        target = self.rows()
+        if tile.ghost:
+            source = source.at[pl.ds(self.offset, tile.own)]
+            target = pl.ds(self.segment * tile.own, tile.own)
+        primitives.store(source, self.at(ref, self.line(n), target, *slots))
+
+    def walk(
+        self,
+        load: Callable[[Any, Any], None],
+        compute: Callable[[Any, Any, Any, Any, Any], Any],
+        store: Callable[[Any, Any], None],
+        arrived: Any,
+        joint: Any,
+        carry: Any,
+    ) -> Any:
+        """Loads, computes and stores line after line.
+
+        Args:
+          load: load(n, slot) starts the copies of line n into a slot of the ring.
+          compute: compute(n, slot, out, now, carry) reads the slot and the state buffer `now`, 0 or 1, writes the other
+            state buffer and the results `out`, and returns the new carry.
+          store: store(n, out) starts the copies of the results.
+          arrived: barriers of the slots, `stages` for each warpgroup.
+          joint: the barrier of the warpgroups.
+          carry: what a thread keeps from line to line.
+        """
+        stages, stores = self.stages, self.tile.stores
+        for n in range(stages):
+            pl.when(n < self.count)(functools.partial(load, n, n))
+
+        def line(n, carry):
+            slot, out = lax.rem(n, stages), lax.rem(n, stores)
+            primitives.wait(arrived.at[self.warpgroup * stages + slot])
+            primitives.wait_stored(stores - 1)  # the results that lay in `out` have left
+            carry = compute(n, slot, out, lax.rem(n, 2), carry)
+            # One barrier orders four things: the new state is there before a thread reads its neighbours', the results
+            # before TMA reads them, and all have read the old state and the slot before either is overwritten.
+            primitives.commit()
+            store(n, out)
+            primitives.end_group()
+            pl.when(n + stages < self.count)(functools.partial(load, n + stages, slot))
+            self.meet(joint)
+            return carry
+
+        return lax.fori_loop(0, self.count, line, carry)
+
+    def run(
+        self,
+        name: str,
+        body: Callable[..., None],
+        inputs: Sequence[jax.Array],
+        like: Sequence[Any],
+        passed_lines: int,
+        scratch: Sequence[Any],
+        interpret: bool,
+    ) -> list[jax.Array]:
+        """Launches a kernel, as often as the ghost zones ask for, and returns its results.
+
+        Args:
+          name: of the kernel.
+          body: called with the refs of: the number of the launch, `inputs`, the state of the launch before, the
+            results, the state for the launch after, `scratch`. Without ghost zones the first and the states are None.
+          inputs: arrays that it reads.
+          like: arrays with the shapes and dtypes of the results.
+          passed_lines: lines of state from launch to launch.
+          scratch: shared memory and barriers.
+          interpret: whether the interpreter runs it.
+        """
+        # The interpreter's results start as NaN, so that a place which no kernel writes shows.
+        results = [
+            jax.new_ref(jnp.full(a.shape, jnp.nan, a.dtype) if interpret else lax.empty(a.shape, a.dtype)) for a in like
+        ]
+        options: Any = dict(name=name, grid=self.grid, warpgroups=self.tile.warpgroups, interpret=interpret)
+        if self.tile.ghost:
+            state = self.state(passed_lines)
+
+            def launch(n, given):
+                return primitives.launch(body, (n, *inputs, given), results, [state], scratch, **options)[0]
+
+            lax.fori_loop(0, self.launches, launch, jnp.zeros(state.shape, state.dtype))
+        else:
+
+            def whole(*refs):
+                arrays = len(inputs) + len(results)
+                body(None, *refs[: len(inputs)], None, *refs[len(inputs) : arrays], None, *refs[arrays:])
+
+            primitives.launch(whole, inputs, results, [], scratch, **options)
+        return [result[...] for result in results]
+
+    def meet(self, joint: Any) -> None:
+        """The state line is complete: neighbours in it may belong to another warpgroup."""
+        if self.tile.warpgroups > 1:
+            primitives.meet(joint)
+
+
+class StateLines:
+    """Lines of float32 in shared memory, `lines` of them in each of two buffers, between halos of zeros.
+
+    Shape of the scratch: (2, lines, pixels and halos, channels). Neighbours are then loads at an offset of one pixel.
+    """
+
+    def __init__(self, pipeline: Pipeline, lines: int):
+        tile = pipeline.tile
+        self.pipeline, self.lines = pipeline, lines
+        # TMA writes the state of an earlier launch behind the halo: at a multiple of its alignment.
+        self.halo = max(1, primitives.ALIGNMENT // (4 * tile.channels))
+        size = primitives.full_stores(tile.extent + 2 * self.halo, tile.channels)
+        self.scratch = primitives.shared_memory((2, lines, size, tile.channels), jnp.float32)
+
+    def rows(self, shift: int = 0) -> Any:
+        """This warpgroup's pixels, or those `shift` further along the line."""
+        return pl.ds(self.pipeline.place + self.halo + shift, self.pipeline.tile.rows)
+
+    def clear(self, ref: Any, joint: Any) -> None:
+        """Zeros everywhere, before the first line."""
+
+        def fill():
+            for buffer in range(2):
+                for k in range(self.lines):
+                    primitives.clear(ref.at[buffer, k])
+
+        if self.pipeline.tile.warpgroups == 1:
+            fill()
+        else:
+            pl.when(self.pipeline.warpgroup == 0)(fill)
+        primitives.commit()
+        self.pipeline.meet(joint)
+
+    def receive(self, ref: Any, source: Any, targets: Sequence[tuple[int, int]], barrier: Any) -> None:
+        """Copies lines of an earlier launch to this one's buffers: line k to the (buffer, line) of `targets[k]`."""
+        walk = self.pipeline
+        for k, (buffer, line) in enumerate(targets):
+            place = source.at[walk.image, walk.chunk_index, k, walk.rows(), walk.block]
+            primitives.fetch(place, ref.at[buffer, line, self.rows()], barrier)
+        primitives.wait(barrier)
+
+    def send(self, ref: Any, sources: Sequence[tuple[Any, int]], target: Any) -> None:
+        """Copies the CTA's own pixels of the (buffer, line) pairs to lines of the next launch's state."""
+        walk, own = self.pipeline, self.pipeline.tile.own
+        primitives.commit()
+        for k, (buffer, line) in enumerate(sources):
+            pixels = pl.ds(self.halo + walk.offset, own)
+            place = target.at[walk.image, walk.chunk_index, k, pl.ds(walk.segment * own, own), walk.block]
+            primitives.store(ref.at[buffer, line, pixels], place)
+        primitives.end_group()

@@ -1,0 +1,168 @@
+"""How a scan is cut into CTAs, warpgroups and lines in flight: a measured tile where there is one, else an estimate."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+
+from pallas_kernels.mosaic.card import Card
+
+MEASURED = pathlib.Path(__file__).with_name("measured_tiles.json")
+
+# The estimate's constants, for a Hopper card. They rank tiles; they are not promises of time.
+_BANDWIDTH = 4.3e12  # bytes per second, of a large copy
+_CLOCK = 1.7e9  # Hz
+# Counted in compiled kernels with logits: instructions of a thread for each line, and for each pixel and channel that
+# it holds, and its registers likewise.
+_INSTRUCTIONS = {"forward": (90, 50), "backward": (90, 107)}
+_REGISTERS = {"forward": (25, 6), "backward": (35, 12)}
+_WAITS = 500  # cycles of a line in which a warpgroup waits: copies, shared memory, barriers
+_DEPENDENT = 2  # cycles per instruction of a warpgroup that is alone
+_MEMORY = 1e-6  # seconds from the start of a copy to its data
+_LAUNCH = 4e-6  # seconds to start a kernel and fill its pipeline
+_MULTIPROCESSOR_MEMORY = 228 * 1024
+_MULTIPROCESSOR_THREADS = 2048
+_ALL_REGISTERS = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The part of a map that a CTA walks, and how far its copies run ahead."""
+
+    channels: int  # of a CTA
+    rows: int  # pixels of a line that one warpgroup works on
+    warpgroups: int = 1  # side by side along the line
+    stages: int = 4  # lines that loads run ahead
+    stores: int = 2  # lines of results that may be on their way out
+    # Pixels at each end of a CTA's part of the line that its neighbours own and it computes as well, and the lines of
+    # a launch: after so many the ghost zone is used up and the state is exchanged. 0: a CTA owns whole lines.
+    ghost: int = 0
+
+    @property
+    def extent(self) -> int:
+        """Pixels of a line that the CTA computes."""
+        return self.rows * self.warpgroups
+
+    @property
+    def own(self) -> int:
+        """Pixels of a line whose results it writes."""
+        return self.extent - 2 * self.ghost
+
+    def __str__(self) -> str:
+        warpgroups = f" x{self.warpgroups} warpgroups" if self.warpgroups > 1 else ""
+        ghost = f", ghost {self.ghost}" if self.ghost else ""
+        return f"{self.channels} channels, {self.rows} pixels{warpgroups}, {self.stages}+{self.stores} lines{ghost}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One scan, as far as its tile depends on it."""
+
+    kernel: str  # "forward" or "backward"
+    batch: int
+    lines: int
+    length: int  # pixels of a line
+    channels: int
+    chunk: int  # lines of a chunk
+    loads: int  # bytes read per pixel and channel, weights per channel included
+    stores: int  # bytes written
+    sharing: int = 1  # channels that share a weight
+    adjacent: bool = False  # pixels of a line are neighbours in memory, channels between them aside
+
+    @property
+    def key(self) -> str:
+        """Its name in the table of measured tiles."""
+        return ",".join(str(value) for value in dataclasses.astuple(self))
+
+    def shared_memory(self, tile: Tile) -> int:
+        """Bytes that a CTA needs."""
+        state_lines, margin = (2, 0) if self.kernel == "forward" else (4, 3 * 128)
+        weights = 16 * tile.rows if self.sharing > 1 else 0
+        stages = min(tile.stages, self.chunk)
+        ring = stages * (tile.rows * tile.channels * self.loads + weights + margin)
+        results = tile.stores * (tile.rows * tile.channels * self.stores + weights)
+        halo = max(1, 32 // tile.channels)
+        state = state_lines * 4 * (tile.extent + 2 * halo + 128 // tile.channels) * tile.channels
+        return tile.warpgroups * (ring + results) + state + 2048
+
+    def fits(self, tile: Tile, card: Card) -> bool:
+        """Whether the kernel is right with this tile, and its shared memory and registers suffice."""
+        elements = tile.rows * tile.channels
+        if elements % 128 or not 128 <= elements <= 2048 or tile.channels % 8 or not 1 <= tile.warpgroups <= 4:
+            return False
+        if min(tile.stages, tile.stores) < 1 or tile.rows > 128:
+            return False
+        if self.sharing > 1 and self.sharing % tile.channels:
+            return False
+        if self.length > tile.extent and not tile.ghost:
+            return False
+        if tile.ghost and (tile.warpgroups > 1 or self.length <= tile.rows or tile.own < tile.ghost + 16):
+            return False
+        if tile.ghost and self.sharing > 1 and tile.ghost % 32:
+            return False
+        # A store whose box has no gaps in memory is one bulk copy and is not clipped at the end of the line.
+        ragged = self.length % tile.own if tile.ghost else self.length != tile.extent
+        if self.adjacent and self.channels == tile.channels and ragged:
+            return False
+        return self.shared_memory(tile) <= card.shared_memory and self.registers(tile) * 128 * tile.warpgroups <= 65536
+
+    def registers(self, tile: Tile) -> int:
+        """An estimate, per thread."""
+        line, element = _REGISTERS[self.kernel]
+        return min(255, line + element * max(1, tile.rows * tile.channels // 128))
+
+    def seconds(self, tile: Tile, card: Card) -> float:
+        """An estimate of the time, by which tiles are compared."""
+        segments = -(-self.length // tile.own) if tile.ghost else 1
+        launches = -(-self.chunk // tile.ghost) if tile.ghost else 1
+        lines = min(tile.ghost, self.chunk) if tile.ghost else self.chunk
+        ctas = self.batch * -(-self.lines // self.chunk) * segments * -(-self.channels // tile.channels)
+        threads = 128 * tile.warpgroups
+        resident = min(
+            _MULTIPROCESSOR_MEMORY // (self.shared_memory(tile) + 1024),
+            _ALL_REGISTERS // (threads * self.registers(tile)),
+            _MULTIPROCESSOR_THREADS // threads,
+        )
+        slots = max(1, resident) * card.multiprocessors
+        waves = -(-ctas // slots)
+        active = -(-ctas // waves)
+        elements = tile.extent * tile.channels
+        fixed, each = _INSTRUCTIONS[self.kernel]
+        instructions = fixed + each * elements / threads
+        together = -(-active // card.multiprocessors) * tile.warpgroups
+        line = max(
+            active * elements * (self.loads + self.stores) / _BANDWIDTH,
+            together * instructions / _CLOCK,  # a multiprocessor issues one instruction of a warpgroup in a cycle
+            (_WAITS * (1 + (tile.warpgroups > 1) / 4) + _DEPENDENT * instructions) / _CLOCK,
+            _MEMORY / min(tile.stages, self.chunk),
+        )
+        return launches * (_LAUNCH + waves * lines * line)
+
+
+def candidates(work: Work, card: Card, most_warpgroups: int = 4) -> list[Tile]:
+    """All tiles that serve `work` on `card`."""
+    tiles = (
+        Tile(channels, rows, warpgroups, stages, stores, ghost)
+        for channels, rows, warpgroups, stages, stores, ghost in itertools.product(
+            (8, 16, 32, 64), (8, 16, 32, 64, 128), (1, 2, 3, 4), (2, 3, 4, 6), (1, 2), (0, 16, 32)
+        )
+        if warpgroups <= most_warpgroups
+    )
+    return [tile for tile in tiles if work.fits(tile, card)]
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(work: Work, card: Card, most_warpgroups: int = 4) -> Tile | None:
+    """The tile that a scan runs with; None if none serves it as it is (a channel block of all channels, ragged)."""
+    measured = _measured().get(card.name, {}).get(work.key)
+    if measured:
+        return Tile(**measured)
+    tiles = candidates(work, card, most_warpgroups)
+    return min(tiles, key=lambda tile: (work.seconds(tile, card), work.shared_memory(tile)), default=None)
+
+
+@functools.cache
+def _measured() -> dict[str, dict[str, dict[str, int]]]:
+    """Card name to `Work.key` to the fields of the fastest tile."""
+    return json.loads(MEASURED.read_text())
