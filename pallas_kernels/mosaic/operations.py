@@ -38,7 +38,7 @@ class Kernels:
         """h of `line_scan`, or of `line_scan_from_logits`: (B, H, W, C) in x's dtype."""
 
         def scan(x, weights, lam):
-            form = _Form("forward", x, weights, (x, lam), (x,), direction, chunk, tile, self.interpret)
+            form = Form("forward", x, weights, (x, lam), (x,), direction, chunk, tile, self.interpret)
             arrays = form.map(x), form.weights(weights), form.map(lam)
             return form.map_back(self._run(line_scan.scan_forward, form, from_logits, *arrays))
 
@@ -52,7 +52,7 @@ class Kernels:
 
         def scan(x, weights, lam, h, grad_h):
             loads, stores = (x, lam, h, grad_h), (x, lam)
-            form = _Form("backward", x, weights, loads, stores, direction, chunk, tile, self.interpret)
+            form = Form("backward", x, weights, loads, stores, direction, chunk, tile, self.interpret)
             arrays = form.map(x), form.weights(weights), form.map(lam), form.map(h), form.map(grad_h)
             grad_x, grad_weights, grad_lam = self._run(line_scan.scan_backward, form, from_logits, *arrays)
             return form.map_back(grad_x), form.weights_back(grad_weights), form.map_back(grad_lam)
@@ -97,7 +97,7 @@ class Kernels:
         grads = [None if skip is None and k == 3 else jnp.stack(slots, axis=3) for k, slots in enumerate(maps)]
         return grad_x.astype(x.dtype), *grads, jnp.stack(of_merge).astype(merge.dtype)
 
-    def _run(self, kernel, form: "_Form", from_logits: bool, *arrays: jax.Array):
+    def _run(self, kernel, form: "Form", from_logits: bool, *arrays: jax.Array):
         function = functools.partial(
             kernel, direction=form.direction, chunk=form.chunk, from_logits=from_logits, tile=form.tile,
             interpret=self.interpret,
@@ -107,8 +107,13 @@ class Kernels:
         return jax.tree.unflatten(structure, vary_alike(*leaves, *arrays)[: len(leaves)])
 
 
-class _Form:
-    """Arrays of an operation in the form that the kernels take, and the way back."""
+class Form:
+    """Arrays of an operation in the form that the kernels take, and the way back.
+
+    Attributes:
+      work: what the kernel does, as its tile depends on it.
+      tile: how it does it.
+    """
 
     def __init__(self, kernel, x, weights, loads, stores, direction, chunk, tile, interpret):
         self.batch, self.channels, self.weight_channels = x.shape[0], x.shape[-1], weights.shape[-1]
@@ -148,7 +153,7 @@ class _Form:
                 raise ValueError(f"tile: expected one that serves the {kernel} scan of x {x.shape}, got {tile}")
         planned = ((work, tile or plan(work, card, _most_warpgroups(interpret))) for work in works)
         work, chosen = next((work, chosen) for work, chosen in planned if chosen is not None)
-        self.padded, self.tile = work.channels, chosen
+        self.padded, self.work, self.tile = work.channels, work, chosen
 
     def map(self, array: jax.Array) -> jax.Array:
         """(B, H, W, ..., C) with the kernels' batch and channels."""

@@ -89,9 +89,11 @@ class Work:
     def fits(self, tile: Tile, card: Card) -> bool:
         """Whether the kernel is right with this tile, and its shared memory and registers suffice."""
         elements = tile.rows * tile.channels
-        if elements % 128 or not 128 <= elements <= 2048 or tile.channels % 8 or not 1 <= tile.warpgroups <= 4:
+        if elements % 128 or not 128 <= elements <= 2048 or tile.channels not in (8, 16, 32, 64):
             return False
-        if min(tile.stages, tile.stores) < 1 or tile.rows > 128:
+        if not 1 <= tile.warpgroups <= 4 or tile.rows % 8:
+            return False
+        if min(tile.stages, tile.stores) < 1 or tile.rows > 192:  # with its margins a copy has 256 pixels at most
             return False
         if self.sharing > 1 and self.sharing % tile.channels:
             return False
@@ -130,9 +132,13 @@ class Work:
         elements = tile.extent * tile.channels
         fixed, each = _INSTRUCTIONS[self.kernel]
         instructions = fixed + each * elements / threads
+        if elements // threads % 4:
+            instructions *= 1.5  # vectors of less than 16 bytes
         together = -(-active // card.multiprocessors) * tile.warpgroups
+        half_sectors = tile.channels * 2 < 32 and tile.channels < self.channels
         line = max(
-            active * elements * (self.loads + self.stores) / _BANDWIDTH,
+            # Of rows of less than 32 bytes, whole sectors travel from the cache.
+            active * elements * (self.loads + self.stores) * (1.5 if half_sectors else 1) / _BANDWIDTH,
             together * instructions / _CLOCK,  # a multiprocessor issues one instruction of a warpgroup in a cycle
             (_WAITS * (1 + (tile.warpgroups > 1) / 4) + _DEPENDENT * instructions) / _CLOCK,
             _MEMORY / min(tile.stages, self.chunk),
@@ -145,7 +151,7 @@ def candidates(work: Work, card: Card, most_warpgroups: int = 4) -> list[Tile]:
     tiles = (
         Tile(channels, rows, warpgroups, stages, stores, ghost)
         for channels, rows, warpgroups, stages, stores, ghost in itertools.product(
-            (8, 16, 32, 64), (8, 16, 32, 64, 128), (1, 2, 3, 4), (2, 3, 4, 6), (1, 2), (0, 16, 32)
+            (8, 16, 32, 64), (8, 16, 24, 32, 48, 64, 96, 128, 192), (1, 2, 3, 4), (2, 3, 4, 6), (1, 2), (0, 16, 32, 64)
         )
         if warpgroups <= most_warpgroups
     )
@@ -158,8 +164,13 @@ def plan(work: Work, card: Card, most_warpgroups: int = 4) -> Tile | None:
     measured = _measured().get(card.name, {}).get(work.key)
     if measured:
         return Tile(**measured)
-    tiles = candidates(work, card, most_warpgroups)
-    return min(tiles, key=lambda tile: (work.seconds(tile, card), work.shared_memory(tile)), default=None)
+    seconds = {tile: work.seconds(tile, card) for tile in candidates(work, card, most_warpgroups)}
+    if not seconds:
+        return None
+    best = min(seconds.values())
+    # Of those that the estimate cannot tell apart: whole sectors of memory, then more on its way.
+    near = [tile for tile in seconds if seconds[tile] <= 1.03 * best]
+    return max(near, key=lambda tile: (min(tile.channels, 16), tile.stores, min(tile.stages, 4), -seconds[tile]))
 
 
 @functools.cache

@@ -1,0 +1,157 @@
+"""How long a compiled program keeps the device busy, by the device's own clock.
+
+Two device clocks. "profiler": the trace of jax.profiler, from the first kernel or copy of a run to the end of its last,
+what lies between them included. "cupti": the sum of the kernels' durations, gaps and copies left out; it is the one
+that `jax.experimental.mosaic.gpu.profiler` uses, and stands in where a trace holds no device events. Neither sees the
+host: the launch of a program is in no device time. The host's clock over runs queued one behind the other goes
+beside them, to show where the two disagree.
+"""
+
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Without it the profiler runs loops of XLA launch by launch, and lax.scan would be timed slower than it is.
+GRAPHS_WHILE_PROFILING = "--xla_enable_command_buffers_during_profiling=true"
+
+Event = tuple[str, float, float]  # name, start and duration in nanoseconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one run. The device's are None where it has no clock that can be read."""
+
+    clock: str  # "profiler", "cupti" or "host", the last with the reason where another was asked for
+    runs: int
+    median_ms: float | None
+    spread_ms: float | None  # between the quartiles
+    host_ms: float  # mean over queued runs
+
+
+def prepare_environment() -> None:
+    """Settings that have to stand before JAX's backend starts; those that the user has made are kept."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if GRAPHS_WHILE_PROFILING.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {GRAPHS_WHILE_PROFILING}".strip()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+
+
+def choose_clock() -> tuple[str, str]:
+    """The first clock that times a small program here, and why those before it do not."""
+    if jax.default_backend() == "cpu":
+        return "host", "a CPU has no clock of its own"
+    program, x = jax.jit(lambda x: x + 1), jnp.ones(2**20)
+    jax.block_until_ready(program(x))
+    reasons = []
+    for clock, read in (("profiler", _profiled_runs), ("cupti", _cupti_runs)):
+        try:
+            runs = read(lambda _: program(x), 3)
+            if len(runs) == 3 and min(runs) > 0:
+                return clock, "; ".join(reasons)
+            reasons.append(f"{clock}: times of {runs} ns")
+        except Exception as error:  # whatever a driver or a profiler library raises, the next clock is tried
+            reasons.append(f"{clock}: {type(error).__name__}: {error}")
+    return "host", "; ".join(reasons)
+
+
+def measure(run: Callable[[int], Any], *, clock: str, most_runs: int = 50, seconds: float = 0.5) -> Timing:
+    """Times `run(0), run(1), ...`, each of which starts a compiled program and returns its results.
+
+    Args:
+      run: takes the number of the run, so that it can walk through several sets of inputs.
+      clock: of `choose_clock`.
+      most_runs: are timed; fewer, at least 3, where they would take longer than `seconds`.
+    """
+    for index in range(2):
+        jax.block_until_ready(run(index))
+    start = time.perf_counter()
+    jax.block_until_ready(run(2))
+    runs = max(3, min(most_runs, int(seconds / (time.perf_counter() - start))))
+    host_ms = _queued_seconds(run, runs) / runs * 1e3
+    if clock == "host":
+        return Timing(clock, runs, None, None, host_ms)
+    try:
+        times = (_profiled_runs if clock == "profiler" else _cupti_runs)(run, runs)
+    except ValueError as error:
+        return Timing(f"host ({error})", runs, None, None, host_ms)
+    low, _, high = statistics.quantiles(times, n=4)
+    return Timing(clock, runs, statistics.median(times) / 1e6, (high - low) / 1e6, host_ms)
+
+
+def _queued_seconds(run: Callable[[int], Any], runs: int) -> float:
+    start, out = time.perf_counter(), None
+    for index in range(runs):
+        out = run(index)  # results before the last are freed as soon as the next are there
+    jax.block_until_ready(out)
+    return time.perf_counter() - start
+
+
+def _profiled_runs(run: Callable[[int], Any], runs: int) -> list[float]:
+    """Nanoseconds of each run, from a trace."""
+    options: Any = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    options.enable_hlo_proto = False
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            _queued_seconds(run, runs)
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        events = device_events(jax.profiler.ProfileData.from_file(str(path)))
+    return run_times(events, runs)
+
+
+def device_events(trace: Any) -> list[Event]:
+    """What the GPU did, in the order in which it began.
+
+    Raises:
+      ValueError: the trace holds none of it; names what it holds.
+    """
+    planes = {plane.name: {line.name: line for line in plane.lines} for plane in trace.planes}
+    events = []
+    for name, lines in planes.items():
+        # Other lines of the plane show the same work again, summed up by program and by operation.
+        streams = [line for key, line in lines.items() if "/device:GPU" in name and key.startswith("Stream")]
+        events += [(event.name, event.start_ns, event.duration_ns) for line in streams for event in line.events]
+    if not events:
+        raise ValueError(f"no device events in { ({name: list(lines) for name, lines in planes.items()}) }")
+    return sorted(events, key=lambda event: event[1])
+
+
+def run_times(events: Sequence[Event], runs: int) -> list[float]:
+    """Nanoseconds of each of `runs` runs of one program, one after the other, from the events of all of them.
+
+    Raises:
+      ValueError: the runs do not consist of the same events, so that they cannot be told apart.
+    """
+    each, left = divmod(len(events), runs)
+    groups = [events[index * each : (index + 1) * each] for index in range(runs)]
+    if left or not each or any([e[0] for e in group] != [e[0] for e in groups[0]] for group in groups):
+        raise ValueError(f"{len(events)} device events do not divide into {runs} equal runs")
+    # Not end minus start: starts may be nanoseconds since 1970 in a double, which leaves steps of 256.
+    return [group[-1][1] - group[0][1] + group[-1][2] for group in groups]
+
+
+def _cupti_runs(run: Callable[[int], Any], runs: int) -> list[float]:
+    """Nanoseconds of the kernels of each run. By the private functions under JAX's own `Cupti.measure`, which itself
+    repeats on one set of inputs and so may time the cache."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    library: Any = getattr(getattr(profiler, "mosaic_gpu_lib"), "_mosaic_gpu_ext", None)  # noqa: B009
+    if library is None:
+        raise ValueError("jaxlib's Mosaic GPU extension is not installed")
+    library._cupti_init()
+    try:
+        _queued_seconds(run, runs)
+    finally:
+        timings = library._cupti_get_timings(True)
+    each, left = divmod(len(timings), runs)
+    if left or not each:
+        raise ValueError(f"{len(timings)} kernels do not divide into {runs} equal runs")
+    return [sum(ms for _, ms in timings[index * each : (index + 1) * each]) * 1e6 for index in range(runs)]

@@ -1,0 +1,130 @@
+"""The maps at which kernels are compiled, checked and timed: where the papers timed theirs, and where models propagate.
+
+Plain data: the standard library alone is needed to import it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelShape:
+    """A map (batch, height, width, channels) whose weights have `weight_channels`, a divisor of `channels`.
+
+    `chunk`: lines after which the scans restart, None for never.
+    """
+
+    name: str
+    batch: int
+    height: int
+    width: int
+    channels: int
+    weight_channels: int = 0  # 0 stands for as many as channels, and is replaced by them
+    chunk: int | None = None
+
+    def __post_init__(self):
+        if not self.weight_channels:
+            object.__setattr__(self, "weight_channels", self.channels)
+
+
+# GSPN-2, figures 3, S3 and the per-channel case of section 5.
+GSPN2 = (
+    KernelShape("gspn2_1024_b16_c8", 16, 1024, 1024, 8),
+    KernelShape("gspn2_1024_b256_c1", 256, 1024, 1024, 1),
+    KernelShape("gspn2_1024_b1_c1152", 1, 1024, 1024, 1152),
+)
+
+# Maps of GSPN-2 with one affinity for all channels (its section 4.2).
+COMPACT = (
+    KernelShape("compact_1024_b16_c8", 16, 1024, 1024, 8, 1),
+    KernelShape("compact_512_b1_c128", 1, 512, 512, 128, 1),
+)
+
+# GSPN-2, table 1.
+TABLE1 = (
+    KernelShape("table1_32_b32_c196", 32, 32, 32, 196),
+    KernelShape("table1_64_b1_c768", 1, 64, 64, 768),
+    KernelShape("table1_128_b1_c32", 1, 128, 128, 32),
+    KernelShape("table1_512_b1_c128", 1, 512, 512, 128),
+)
+
+# The stages of the classifiers at 224 x 224: the mixer has 1.5 times the channels of its block, at the next multiple of
+# 8. Local stages restart every 2 lines; stage 3 of GSPN-B has blocks of both kinds.
+GSPN_T = (
+    KernelShape("gspn_t_stage1", 128, 56, 56, 144, chunk=2),
+    KernelShape("gspn_t_stage2", 128, 28, 28, 288, chunk=2),
+    KernelShape("gspn_t_stage3", 128, 14, 14, 576),
+    KernelShape("gspn_t_stage4", 128, 7, 7, 1152),
+)
+GSPN_S = (
+    KernelShape("gspn_s_stage1", 128, 56, 56, 168, chunk=2),
+    KernelShape("gspn_s_stage2", 128, 28, 28, 328, chunk=2),
+    KernelShape("gspn_s_stage3", 128, 14, 14, 648, chunk=2),
+    KernelShape("gspn_s_stage4", 128, 7, 7, 1296),
+)
+GSPN_B = (
+    KernelShape("gspn_b_stage1", 128, 56, 56, 184, chunk=2),
+    KernelShape("gspn_b_stage2", 128, 28, 28, 360, chunk=2),
+    KernelShape("gspn_b_stage3", 128, 14, 14, 720),
+    KernelShape("gspn_b_stage3_local", 128, 14, 14, 720, chunk=2),
+    KernelShape("gspn_b_stage4", 128, 7, 7, 1440),
+)
+# The small classifier of the digits, where its maps are largest and no multiple of a tile.
+GSPN_NANO = (
+    KernelShape("gspn_nano_stage1", 128, 28, 28, 48, chunk=2),
+    KernelShape("gspn_nano_stage2", 128, 14, 14, 96),
+    KernelShape("gspn_nano_stage3", 128, 7, 7, 192),
+)
+
+# The class-conditional generators on 16 x 16 tokens: widths 900, 1200 and 1500, at the next multiple of 8.
+GENERATORS = (
+    KernelShape("gspn_b_generator", 32, 16, 16, 904),
+    KernelShape("gspn_l_generator", 32, 16, 16, 1200),
+    KernelShape("gspn_xl_generator", 32, 16, 16, 1504),
+)
+
+# SDXL: latents have 1/8 of the image's side, self-attention is at 1/2 of that with 640 channels and at 1/4 with 1280.
+# Batch 2 is one image under classifier-free guidance. 16K is 16384 x 8192 in the paper; wide_1k is 1344 x 768.
+SDXL = (
+    KernelShape("sdxl_1k_level1", 2, 64, 64, 640),
+    KernelShape("sdxl_1k_level2", 2, 32, 32, 1280),
+    KernelShape("sdxl_wide_1k_level1", 2, 48, 84, 640),
+    KernelShape("sdxl_wide_1k_level2", 2, 24, 42, 1280),
+    KernelShape("sdxl_2k_level1", 2, 128, 128, 640),
+    KernelShape("sdxl_2k_level2", 2, 64, 64, 1280),
+    KernelShape("sdxl_4k_level1", 2, 256, 256, 640),
+    KernelShape("sdxl_4k_level2", 2, 128, 128, 1280),
+    KernelShape("sdxl_8k_level1", 2, 512, 512, 640),
+    KernelShape("sdxl_8k_level2", 2, 256, 256, 1280),
+    KernelShape("sdxl_16k_level1", 2, 512, 1024, 640),
+    KernelShape("sdxl_16k_level2", 2, 256, 512, 1280),
+)
+
+GROUPS = {
+    "gspn2": GSPN2,
+    "table1": TABLE1,
+    "gspn_t": GSPN_T,
+    "gspn_s": GSPN_S,
+    "gspn_b": GSPN_B,
+    "gspn_nano": GSPN_NANO,
+    "generators": GENERATORS,
+    "sdxl": SDXL,
+    "compact": COMPACT,
+}
+SHAPES = tuple(shape for group in GROUPS.values() for shape in group)
+
+
+def select(names: Sequence[str]) -> tuple[KernelShape, ...]:
+    """The shapes of the named groups and the single named shapes, in the order of `SHAPES`.
+
+    Raises:
+        ValueError: a name is neither a group's nor a shape's.
+    """
+    wanted = set()
+    for name in names:
+        group = GROUPS.get(name) or [shape for shape in SHAPES if shape.name == name]
+        if not group:
+            known = ", ".join([*GROUPS, *(shape.name for shape in SHAPES)])
+            raise ValueError(f"shapes: expected some of {known}; got {name!r}")
+        wanted.update(group)
+    return tuple(shape for shape in SHAPES if shape in wanted)
