@@ -81,15 +81,20 @@ scan.defvjp(_scan_forward, _scan_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def propagation(call: Call, x, logits, lam, gate, skip, merge) -> jax.Array:
     """Aligned `propagate` after its checks; `skip` may be None."""
-    return _propagation_forward(call, x, logits, lam, gate, skip, merge)[0]
+    return _propagate(call, (x, logits, lam, gate, skip, merge), keep=False)[0]
 
 
-def _propagation_forward(call, x, logits, lam, gate, skip, merge):
-    forward = functools.partial(call.functions.propagation_forward, chunk=call.chunk)
-    inputs = (x, logits, lam, gate, skip, merge)
-    states = (call.axes.map_spec(4),) * 4
-    y, h = sharded(forward, call.axes, _propagation_specs(call, skip), (call.axes.map_spec(4), states))(*inputs)
+def _propagation_forward(call, *inputs):
+    y, h = _propagate(call, inputs, keep=True)
     return y, (inputs, h)
+
+
+def _propagate(call: Call, inputs: tuple, keep: bool) -> tuple[jax.Array, tuple]:
+    """y and, if they are kept, the four h."""
+    forward = functools.partial(call.functions.propagation_forward, chunk=call.chunk, keep=keep)
+    states = (call.axes.map_spec(4),) * (4 if keep else 0)
+    specs = _propagation_specs(call, inputs[4])
+    return sharded(forward, call.axes, specs, (call.axes.map_spec(4), states))(*inputs)
 
 
 def _propagation_backward(call, residuals, grad_y):

@@ -65,8 +65,11 @@ def scan_backward(
     return grad_x, grad_weights, grad_lam
 
 
-def propagation_forward(x, logits, lam, gate, skip, merge, chunk: int | None) -> tuple[jax.Array, tuple]:
-    """y of the aligned `propagate`, and the four h, (B, H, W, C) in x's dtype. Each direction adds its part to y."""
+def propagation_forward(x, logits, lam, gate, skip, merge, chunk: int | None, keep: bool) -> tuple[jax.Array, tuple]:
+    """y of the aligned `propagate`, and the four h, (B, H, W, C) in x's dtype, or none where not `keep`.
+
+    Each direction adds its part to y.
+    """
     dtype = state_dtype(x)
     merge = merge.astype(dtype)
     y, states = jnp.zeros_like(x, dtype), []
@@ -94,7 +97,7 @@ def propagation_forward(x, logits, lam, gate, skip, merge, chunk: int | None) ->
         (_, h, y), _ = lax.scan(step, start, jnp.arange(walk.lines))
         y = walk.whole(y)
         states.append(walk.whole(h))
-    return y.astype(x.dtype), tuple(states)
+    return y.astype(x.dtype), tuple(states) if keep else ()
 
 
 def propagation_backward(x, logits, lam, gate, skip, merge, h, grad_y, chunk: int | None) -> tuple:

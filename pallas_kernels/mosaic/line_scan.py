@@ -25,11 +25,13 @@ SLOTS = 3
 SHARED_SLOTS = 4
 
 
-class _Weights:
+class Weights:
     """The weights of a tile, from either form, and the way back of their gradients."""
 
-    def __init__(self, walk: Pipeline, array: jax.Array, from_logits: bool):
+    def __init__(self, walk: Pipeline, array: jax.Array, from_logits: bool, direction: int = 0):
+        """`direction`: of an array (B, H, W, 12, C), three slots for each direction, the one that is meant."""
         self.walk, self.from_logits, self.dtype = walk, from_logits, array.dtype
+        self.slots = pl.ds(SLOTS * direction, SLOTS)
         self.rows, self.channels = walk.tile.rows, walk.tile.channels
         self.is_shared = array.shape[3] == SHARED_SLOTS
         self.sharing = walk.channels // (array.shape[2] if self.is_shared else array.shape[4])
@@ -41,7 +43,7 @@ class _Weights:
             channel = lax.div(walk.block_index * self.channels, self.sharing)
             source = ref.at[walk.image, walk.line(n), channel, :, walk.rows()]
         else:
-            source = walk.at(ref, walk.line(n), walk.rows(), slice(None))
+            source = walk.at(ref, walk.line(n), walk.rows(), self.slots)
         primitives.fetch(source, target, barrier)
 
     def read(self, ref: Any):
@@ -82,7 +84,7 @@ class _Weights:
     def store(self, source, ref, n) -> None:
         walk, tile = self.walk, self.walk.tile
         if not self.is_shared:
-            walk.store(source, ref, n, slice(None))
+            walk.store(source, ref, n, self.slots)
         elif tile.ghost:
             own = pl.ds(walk.segment * tile.own, tile.own)
             for k in range(SLOTS):
@@ -105,7 +107,7 @@ def scan_forward(
 ) -> jax.Array:
     """h of `line_scan`: (B, H, W, C) in x's dtype."""
     walk = Pipeline(x.shape, direction, chunk, tile, reverse=False)
-    state, mix = StateLines(walk, 1), _Weights(walk, weights, from_logits)
+    state, mix = StateLines(walk, 1), Weights(walk, weights, from_logits)
     rows, channels, warpgroups = tile.rows, tile.channels, tile.warpgroups
 
     def body(launch, x_ref, lam_ref, w_ref, given, h_ref, passed, x_in, lam_in, w_in, out, lines, arrived, joint):
@@ -150,7 +152,9 @@ def scan_forward(
         primitives.barriers(3, warpgroups * walk.stages),
         primitives.barriers(1 if tile.ghost else warpgroups),
     ]
-    return walk.run("line_scan_forward", body, (x, lam, weights), [x], 1, scratch, interpret)[0]
+    h = primitives.blank(x.shape, x.dtype, interpret)
+    walk.run("line_scan_forward", body, (x, lam, weights), [h], 1, scratch, interpret)
+    return h[...]
 
 
 def scan_backward(
@@ -179,7 +183,7 @@ def scan_backward(
     slot 3 without meaning.
     """
     walk = Pipeline(x.shape, direction, chunk, tile, reverse=True)
-    state, mix = StateLines(walk, 2), _Weights(walk, weights, from_logits)
+    state, mix = StateLines(walk, 2), Weights(walk, weights, from_logits)
     rows, channels, warpgroups = tile.rows, tile.channels, tile.warpgroups
     margin = primitives.margin(channels, h.dtype)
 
@@ -194,12 +198,7 @@ def scan_backward(
             for ref, ring in ((x_ref, x_in), (lam_ref, lam_in), (grad_ref, grad_in)):
                 primitives.fetch(walk.at(ref, walk.line(n), walk.rows()), ring.at[own, slot], barrier)
             mix.fetch(w_ref, w_in.at[own, slot], n, barrier)
-            # h of the line before, with a margin. At the border the copy lands further down instead of starting at a
-            # negative pixel; what is above it is masked.
-            size = rows + 2 * margin
-            source = pl.ds(jnp.maximum(walk.pixel - margin, 0), size)
-            target = pl.ds(jnp.where(walk.pixel == 0, margin, 0), size)
-            primitives.fetch(walk.at(h_ref, walk.line_before(n), source), h_in.at[own, slot, target], barrier)
+            walk.fetch_before(h_ref, h_in.at[own, slot], n, margin, barrier)
 
         def compute(n, slot, out_slot, now, same):
             w, kept = mix.read(w_in.at[own, slot])
@@ -208,11 +207,7 @@ def scan_backward(
             lines[1 - now, 0, state.rows()] = w[0] * g
             lines[1 - now, 1, state.rows()] = w[2] * g
 
-            before = [primitives.load(h_in.at[own, slot, pl.ds(margin + shift, rows)]) for shift in (-1, 0, 1)]
-            pixel = walk.pixel + primitives.pixels(rows, channels)
-            before[0] = jnp.where(pixel > 0, before[0], 0.0)
-            if walk.lines == 1:  # TMA drops axes of length 1, and with them an index outside of the image
-                before = [primitives.zeros(rows, channels)] * 3
+            before = walk.before(h_in.at[own, slot], margin)
             mix.write(w_out.at[own, out_slot], mix.gradients([g * neighbour for neighbour in before], kept))
             x_out[own, out_slot] = (primitives.load(lam_in.at[own, slot]) * g).astype(x.dtype)
             lam_out[own, out_slot] = (primitives.load(x_in.at[own, slot]) * g).astype(lam.dtype)
@@ -251,6 +246,6 @@ def scan_backward(
         primitives.barriers(5, warpgroups * walk.stages),
         primitives.barriers(3 if tile.ghost else warpgroups),
     ]
-    inputs, like = (x, lam, weights, h, grad_h), [x, mix.gradient_like(weights), lam]
-    grad_x, grad_weights, grad_lam = walk.run("line_scan_backward", body, inputs, like, 3, scratch, interpret)
-    return grad_x, grad_weights, grad_lam
+    grads = [primitives.blank(a.shape, a.dtype, interpret) for a in (x, mix.gradient_like(weights), lam)]
+    walk.run("line_scan_backward", body, (x, lam, weights, h, grad_h), grads, 3, scratch, interpret)
+    return grads[0][...], grads[1][...], grads[2][...]

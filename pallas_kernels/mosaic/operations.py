@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.directions import DIRECTIONS, neighbour_axis, walked_axis
-from pallas_kernels.mosaic import line_scan, primitives
+from pallas_kernels.mosaic import line_scan, primitives, propagation
 from pallas_kernels.mosaic.card import planned_for
 from pallas_kernels.mosaic.tiles import Tile, Work, plan
 from pallas_kernels.sharding import vary_alike
 from pallas_kernels.walk import spread
 
 _UNIT = 8  # channels: the least channel block
+_FLOAT32 = jax.ShapeDtypeStruct((), jnp.float32)  # y while directions add to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Kernels:
         def scan(x, weights, lam):
             form = Form("forward", x, weights, (x, lam), (x,), direction, chunk, tile, self.interpret)
             arrays = form.map(x), form.weights(weights), form.map(lam)
-            return form.map_back(self._run(line_scan.scan_forward, form, from_logits, *arrays))
+            return form.map_back(self._scan(line_scan.scan_forward, form, from_logits, *arrays))
 
         return _folded(scan)(x, weights, lam)
 
@@ -51,60 +52,77 @@ class Kernels:
         """Gradients of x, weights (or logits) and lam, each in its own dtype."""
 
         def scan(x, weights, lam, h, grad_h):
-            loads, stores = (x, lam, h, grad_h), (x, lam)
+            loads, stores = (x, lam, grad_h, h), (x, lam)
             form = Form("backward", x, weights, loads, stores, direction, chunk, tile, self.interpret)
             arrays = form.map(x), form.weights(weights), form.map(lam), form.map(h), form.map(grad_h)
-            grad_x, grad_weights, grad_lam = self._run(line_scan.scan_backward, form, from_logits, *arrays)
+            grad_x, grad_weights, grad_lam = self._scan(line_scan.scan_backward, form, from_logits, *arrays)
             return form.map_back(grad_x), form.weights_back(grad_weights), form.map_back(grad_lam)
 
         return _folded(scan)(x, weights, lam, h, grad_h)
 
-    def propagation_forward(self, x, logits, lam, gate, skip, merge, chunk: int | None) -> tuple[jax.Array, tuple]:
-        """y of the aligned `propagate`, and the four h: a scan kernel for each direction, the rest in XLA."""
-        y, states = jnp.zeros(x.shape, jnp.float32), []
-        for d, direction in enumerate(DIRECTIONS):
-            h = self.scan_forward(x, logits[:, :, :, d], lam[:, :, :, d], direction, chunk, from_logits=True)
-            part = gate[:, :, :, d].astype(jnp.float32) * h.astype(jnp.float32)
-            if skip is not None:
-                part = part + skip[:, :, :, d].astype(jnp.float32) * x.astype(jnp.float32)
-            y = y + merge[d].astype(jnp.float32) * part
-            states.append(h)
-        return y.astype(x.dtype), tuple(states)
+    def propagation_forward(
+        self, x, logits, lam, gate, skip, merge, chunk: int | None, keep: bool
+    ) -> tuple[jax.Array, tuple]:
+        """y of the aligned `propagate`, and the four h; without them, and without writing them, where not `keep`."""
+
+        def run(x, logits, lam, gate, merge, *skip):
+            loads, stores = (x, lam, gate, *skip, _FLOAT32), (_FLOAT32, *([x] if keep else []))
+            forms = _forms("forward", x, logits, loads, stores, chunk, self.interpret)
+            padded = [forms[0].map(array) for array in (x, lam, gate, *skip)]
+
+            def kernels(logits, merge, x, lam, gate, *skip):
+                return propagation.propagate_forward(
+                    x, _each(logits), lam, gate, skip[0] if skip else None, merge,
+                    chunk=chunk, keep=keep, tiles=[form.tile for form in forms], interpret=self.interpret,
+                )  # fmt: skip
+
+            y, states = self._run(kernels, _logits(forms, logits), merge, *padded)
+            return [forms[0].map_back(array) for array in (y, *states)]
+
+        y, *states = _folded(run)(x, logits, lam, gate, _for_each_image(merge, x), *([] if skip is None else [skip]))
+        return y, tuple(states)
 
     def propagation_backward(self, x, logits, lam, gate, skip, merge, h, grad_y, chunk: int | None) -> tuple:
         """Gradients of x, logits, lam, gate, skip (None where skip is) and merge, each in its own dtype."""
-        wide_x, wide_grad = x.astype(jnp.float32), grad_y.astype(jnp.float32)
-        grad_x, of_slots = jnp.zeros(x.shape, jnp.float32), []
-        for d, direction in enumerate(DIRECTIONS):
-            wide_gate, wide_h = gate[:, :, :, d].astype(jnp.float32), h[d].astype(jnp.float32)
-            scaled = merge[d].astype(jnp.float32) * wide_grad
-            # float32: what reaches h is rounded once, when its results are.
-            to_x, to_logits, to_lam = self.scan_backward(
-                wide_x, logits[:, :, :, d], lam[:, :, :, d], h[d], scaled * wide_gate, direction, chunk,
-                from_logits=True,
-            )  # fmt: skip
-            part = wide_gate * wide_h
-            to_skip = None
-            if skip is not None:
-                wide_skip = skip[:, :, :, d].astype(jnp.float32)
-                part, to_x = part + wide_skip * wide_x, to_x + wide_skip * scaled
-                to_skip = (wide_x * scaled).astype(skip.dtype)
-            grad_x = grad_x + to_x
-            of_slots.append(
-                (to_logits, to_lam, (wide_h * scaled).astype(gate.dtype), to_skip, jnp.sum(wide_grad * part))
-            )
-        *maps, of_merge = zip(*of_slots, strict=True)
-        grads = [None if skip is None and k == 3 else jnp.stack(slots, axis=3) for k, slots in enumerate(maps)]
-        return grad_x.astype(x.dtype), *grads, jnp.stack(of_merge).astype(merge.dtype)
 
-    def _run(self, kernel, form: "Form", from_logits: bool, *arrays: jax.Array):
+        def run(x, logits, lam, gate, merge, grad_y, *others):
+            h, skip = others[:4], others[4:]
+            loads = (x, grad_y, h[0], lam, gate, *skip, _FLOAT32, h[0])
+            forms = _forms("backward", x, logits, loads, (_FLOAT32, lam, gate, *skip), chunk, self.interpret)
+            padded = [forms[0].map(array) for array in (x, grad_y, lam, gate, *h, *skip)]
+
+            def kernels(logits, merge, x, grad_y, lam, gate, *others):
+                h, skip = others[:4], others[4:]
+                return propagation.propagate_backward(
+                    x, _each(logits), lam, gate, skip[0] if skip else None, merge, h, grad_y,
+                    chunk=chunk, tiles=[form.tile for form in forms], interpret=self.interpret,
+                )  # fmt: skip
+
+            grad_x, of_logits, of_maps, of_merge = self._run(kernels, _logits(forms, logits), merge, *padded)
+            if forms[0].is_shared:
+                parts = [form.weights_back(grad) for form, grad in zip(forms, of_logits, strict=True)]
+                grad_logits = jnp.stack(parts, axis=3)
+            else:
+                grad_logits = forms[0].weights_back(of_logits[0]).reshape(logits.shape)
+            return [forms[0].map_back(grad_x), grad_logits, of_merge, *(forms[0].map_back(grad) for grad in of_maps)]
+
+        arrays = (x, logits, lam, gate, _for_each_image(merge, x), grad_y, *h, *([] if skip is None else [skip]))
+        grad_x, grad_logits, of_merge, *of_maps = _folded(run)(*arrays)
+        of_maps += [None] if skip is None else []
+        return grad_x, grad_logits, *of_maps, jnp.sum(of_merge, axis=0).astype(merge.dtype)
+
+    def _scan(self, kernel, form: "Form", from_logits: bool, *arrays: jax.Array):
         function = functools.partial(
             kernel, direction=form.direction, chunk=form.chunk, from_logits=from_logits, tile=form.tile,
             interpret=self.interpret,
         )  # fmt: skip
+        return self._run(function, *arrays)
+
+    def _run(self, function, *arrays):
+        """`function`, which launches kernels, of trees of arrays."""
         results = (primitives.interpreted if self.interpret else primitives.on_device)(function, *arrays)
         leaves, structure = jax.tree.flatten(results)
-        return jax.tree.unflatten(structure, vary_alike(*leaves, *arrays)[: len(leaves)])
+        return jax.tree.unflatten(structure, vary_alike(*leaves, *jax.tree.leaves(arrays))[: len(leaves)])
 
 
 class Form:
@@ -115,19 +133,22 @@ class Form:
       tile: how it does it.
     """
 
-    def __init__(self, kernel, x, weights, loads, stores, direction, chunk, tile, interpret):
+    def __init__(
+        self, kernel, x, weights, loads, stores, direction, chunk, tile, interpret, *, may_fold=True, least_channels=0
+    ):
         self.batch, self.channels, self.weight_channels = x.shape[0], x.shape[-1], weights.shape[-1]
         self.direction, self.chunk, axis = direction, chunk, walked_axis(direction)
         self.weight_dtype = weights.dtype
         sharing = self.channels // self.weight_channels
         # Weights are laid out for sharing where whole channel blocks share one; else there is one for each channel.
         self.is_shared = sharing > 1 and (self.weight_channels == 1 or sharing % _UNIT == 0)
-        self.folds = sharing == 1 and self.channels < _UNIT and self.batch > 1
+        self.folds = may_fold and sharing == 1 and self.channels < _UNIT and self.batch > 1
 
         least = min(array.dtype.itemsize for array in (*loads, *([] if self.is_shared else [weights])))
         channels = self.channels * (self.batch if self.folds else 1)
         self.padded = -(-channels // _UNIT) * _UNIT if least < 4 or self.is_shared else -(-channels // 4) * 4
-        each = 0 if self.is_shared else 3 * weights.dtype.itemsize
+        self.padded = max(self.padded, least_channels)
+        each = () if self.is_shared else (3 * weights.dtype.itemsize,)
         lines, self.length = x.shape[axis], x.shape[neighbour_axis(direction)]
 
         def work_of(channels: int) -> Work:
@@ -138,8 +159,8 @@ class Form:
                 length=self.length,
                 channels=channels,
                 chunk=min(chunk or lines, lines),
-                loads=sum(array.dtype.itemsize for array in loads) + each,
-                stores=sum(array.dtype.itemsize for array in stores) + (each if kernel == "backward" else 0),
+                loads=(*each, *(array.dtype.itemsize for array in loads)),
+                stores=(*(each if kernel == "backward" else ()), *(array.dtype.itemsize for array in stores)),
                 sharing=channels // self.weight_channels if self.is_shared else 1,
                 adjacent=axis == 1 or x.shape[2] == 1,
             )
@@ -192,6 +213,34 @@ class Form:
         grads = grads[:, :, :, :3, : self.length].reshape(batch, lines, self.weight_channels, -1, 3, self.length).sum(3)
         axes = (0, 1, 4, 3, 2) if walked_axis(self.direction) == 1 else (0, 4, 1, 3, 2)
         return grads.transpose(axes).astype(self.weight_dtype)
+
+
+def _forms(kernel, x, logits, loads, stores, chunk, interpret) -> list["Form"]:
+    """Of the four directions, with the same channels: one may need more than another."""
+
+    def forms(least_channels):
+        return [
+            Form(kernel, x, logits, loads, stores, direction, chunk, None, interpret, may_fold=False,
+                 least_channels=least_channels)
+            for direction in DIRECTIONS
+        ]  # fmt: skip
+
+    return forms(max(form.padded for form in forms(0)))
+
+
+def _logits(forms: list["Form"], logits: jax.Array) -> list[jax.Array]:
+    """(B, H, W, 4, 3, C_w) for the kernels: one array for each direction that shares weights, else one for all."""
+    if forms[0].is_shared:
+        return [form.weights(logits[:, :, :, d]) for d, form in enumerate(forms)]
+    return [forms[0].weights(logits.reshape(*logits.shape[:3], 12, logits.shape[-1]))]
+
+
+def _each(logits: list[jax.Array]) -> list[jax.Array]:
+    return logits if len(logits) > 1 else logits * len(DIRECTIONS)
+
+
+def _for_each_image(merge: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(merge.astype(jnp.float32), (x.shape[0], len(DIRECTIONS)))
 
 
 def _folded(function):

@@ -65,14 +65,15 @@ class Pipeline:
         self.block = pl.ds(self.block_index * tile.channels, tile.channels)
         self._first = self.chunk_index * self.chunk
         self._lines_of_chunk = jnp.minimum(self.chunk, self.lines - self._first)
-        self._walked, self.count = 0, self._lines_of_chunk
+        self.launch, self._walked, self.count = 0, 0, self._lines_of_chunk
         # The first segment has no ghost zone before it. Its tile starts at the border all the same, since a TMA copy
         # that starts at a negative pixel is read differently by the interpreter.
         self.offset, start = 0, 0
         if tile.ghost:
             start = jnp.maximum(self.segment * tile.own - tile.ghost, 0)
             self.offset = self.segment * tile.own - start
-            self._walked = launch[...] * tile.ghost
+            self.launch = launch[...]
+            self._walked = self.launch * tile.ghost
             self.count = jnp.clip(self._lines_of_chunk - self._walked, 0, tile.ghost)
         self.place = self.warpgroup * tile.rows  # of this warpgroup's first pixel in the CTA's part of the line
         # At least 0 + a traced 0: a slice that is longer than its axis needs a start that is not known beforehand.
@@ -106,6 +107,25 @@ class Pipeline:
             source = source.at[pl.ds(self.offset, tile.own)]
             target = pl.ds(self.segment * tile.own, tile.own)
         primitives.store(source, self.at(ref, self.line(n), target, *slots))
+
+    def fetch_before(self, ref: Any, target: Any, n: Any, margin: int, barrier: Any) -> None:
+        """Starts the copy of the line that line n read, with a margin of pixels on both sides; see `before`.
+
+        `target` has three margins: at the border the copy lands further down instead of starting at a negative pixel.
+        """
+        size = self.tile.rows + 2 * margin
+        source = pl.ds(jnp.maximum(self.pixel - margin, 0), size)
+        place = pl.ds(jnp.where(self.pixel == 0, margin, 0), size)
+        primitives.fetch(self.at(ref, self.line_before(n), source), target.at[place], barrier)
+
+    def before(self, ref: Any, margin: int) -> list[jax.Array]:
+        """What `fetch_before` brought, at the pixel of smaller index, the same, and larger index."""
+        rows, channels = self.tile.rows, self.tile.channels
+        if self.lines == 1:  # TMA drops axes of length 1, and with them an index outside of the image
+            return [primitives.zeros(rows, channels)] * 3
+        tiles = [primitives.load(ref.at[pl.ds(margin + shift, rows)]) for shift in (-1, 0, 1)]
+        pixel = self.pixel + primitives.pixels(rows, channels)
+        return [jnp.where(pixel > 0, tiles[0], 0.0), *tiles[1:]]
 
     def walk(
         self,
@@ -152,27 +172,23 @@ class Pipeline:
         name: str,
         body: Callable[..., None],
         inputs: Sequence[jax.Array],
-        like: Sequence[Any],
+        results: Sequence[Any],
         passed_lines: int,
         scratch: Sequence[Any],
         interpret: bool,
-    ) -> list[jax.Array]:
-        """Launches a kernel, as often as the ghost zones ask for, and returns its results.
+    ) -> None:
+        """Launches a kernel, as often as the ghost zones ask for.
 
         Args:
           name: of the kernel.
           body: called with the refs of: the number of the launch, `inputs`, the state of the launch before, the
             results, the state for the launch after, `scratch`. Without ghost zones the first and the states are None.
           inputs: arrays that it reads.
-          like: arrays with the shapes and dtypes of the results.
+          results: refs that it writes, such as `primitives.blank` makes.
           passed_lines: lines of state from launch to launch.
           scratch: shared memory and barriers.
           interpret: whether the interpreter runs it.
         """
-        # The interpreter's results start as NaN, so that a place which no kernel writes shows.
-        results = [
-            jax.new_ref(jnp.full(a.shape, jnp.nan, a.dtype) if interpret else lax.empty(a.shape, a.dtype)) for a in like
-        ]
         options: Any = dict(name=name, grid=self.grid, warpgroups=self.tile.warpgroups, interpret=interpret)
         if self.tile.ghost:
             state = self.state(passed_lines)
@@ -188,7 +204,6 @@ class Pipeline:
                 body(None, *refs[: len(inputs)], None, *refs[len(inputs) : arrays], None, *refs[arrays:])
 
             primitives.launch(whole, inputs, results, [], scratch, **options)
-        return [result[...] for result in results]
 
     def meet(self, joint: Any) -> None:
         """The state line is complete: neighbours in it may belong to another warpgroup."""

@@ -89,6 +89,11 @@ def clear(ref: Any) -> None:
     ref[...] = plgpu.layout_cast(jnp.zeros(ref.shape, jnp.float32), strided)
 
 
+def blank(shape: Sequence[int], dtype: Any, interpret: bool) -> Any:
+    """A ref for results. The interpreter's start as NaN, so that a place which no kernel writes shows."""
+    return jax.new_ref(jnp.full(shape, jnp.nan, dtype) if interpret else lax.empty(shape, dtype))
+
+
 def barriers(arrivals: int, count: int = 1) -> Any:
     """`count` barriers, each complete after `arrivals`: TMA copies that land, or warpgroups that call `meet`."""
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)

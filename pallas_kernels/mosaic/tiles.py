@@ -65,26 +65,37 @@ class Work:
     length: int  # pixels of a line
     channels: int
     chunk: int  # lines of a chunk
-    loads: int  # bytes read per pixel and channel, weights per channel included
-    stores: int  # bytes written
+    loads: tuple[int, ...]  # bytes read per pixel and channel of each array; of a backward kernel h comes last
+    stores: tuple[int, ...]  # bytes written, likewise
     sharing: int = 1  # channels that share a weight
     adjacent: bool = False  # pixels of a line are neighbours in memory, channels between them aside
 
     @property
     def key(self) -> str:
-        """Its name in the table of measured tiles."""
-        return ",".join(str(value) for value in dataclasses.astuple(self))
+        """Its name in the table of measured tiles: the fields as JSON."""
+        return json.dumps(dataclasses.astuple(self))
+
+    @classmethod
+    def of_key(cls, key: str) -> "Work":
+        """The inverse of `key`."""
+        return cls(*(tuple(value) if isinstance(value, list) else value for value in json.loads(key)))
 
     def shared_memory(self, tile: Tile) -> int:
         """Bytes that a CTA needs."""
-        state_lines, margin = (2, 0) if self.kernel == "forward" else (4, 3 * 128)
-        weights = 16 * tile.rows if self.sharing > 1 else 0
+        is_backward, elements = self.kernel == "backward", tile.rows * tile.channels
         stages = min(tile.stages, self.chunk)
-        ring = stages * (tile.rows * tile.channels * self.loads + weights + margin)
-        results = tile.stores * (tile.rows * tile.channels * self.stores + weights)
+        rings = [elements * size for size in self.loads]
+        rings[-1] += 3 * 128 * is_backward  # margins of h
+        results = [elements * size for size in self.stores]
+        if self.sharing > 1:
+            rings.append(16 * tile.rows)
+            results += [16 * tile.rows] * is_backward
         halo = max(1, 32 // tile.channels)
-        state = state_lines * 4 * (tile.extent + 2 * halo + 128 // tile.channels) * tile.channels
-        return tile.warpgroups * (ring + results) + state + 2048
+        lines = (4 if is_backward else 2) * 4 * (tile.extent + 2 * halo + 128 // tile.channels) * tile.channels
+        arrays = [tile.warpgroups * stages * size for size in rings]
+        arrays += [tile.warpgroups * tile.stores * size for size in results] + [lines]
+        # Each begins at a multiple of 1 KB. Barriers; and JAX's room for sums over channels.
+        return sum(-(-size // 1024) * 1024 for size in arrays) + 8 * (tile.warpgroups * stages + 2) + 2048
 
     def fits(self, tile: Tile, card: Card) -> bool:
         """Whether the kernel is right with this tile, and its shared memory and registers suffice."""
@@ -101,7 +112,8 @@ class Work:
             return False
         if tile.ghost and (tile.warpgroups > 1 or self.length <= tile.rows or tile.own < tile.ghost + 16):
             return False
-        if tile.ghost and self.sharing > 1 and tile.ghost % 32:
+        # Copies out of shared memory begin at multiples of 128 bytes: at the first pixel that a CTA owns.
+        if tile.ghost * tile.channels * 2 % 128 or (tile.ghost and self.sharing > 1 and (tile.ghost | tile.rows) % 32):
             return False
         # A store whose box has no gaps in memory is one bulk copy and is not clipped at the end of the line.
         ragged = self.length % tile.own if tile.ghost else self.length != tile.extent
@@ -138,7 +150,7 @@ class Work:
         half_sectors = tile.channels * 2 < 32 and tile.channels < self.channels
         line = max(
             # Of rows of less than 32 bytes, whole sectors travel from the cache.
-            active * elements * (self.loads + self.stores) * (1.5 if half_sectors else 1) / _BANDWIDTH,
+            active * elements * sum(self.loads + self.stores) * (1.5 if half_sectors else 1) / _BANDWIDTH,
             together * instructions / _CLOCK,  # a multiprocessor issues one instruction of a warpgroup in a cycle
             (_WAITS * (1 + (tile.warpgroups > 1) / 4) + _DEPENDENT * instructions) / _CLOCK,
             _MEMORY / min(tile.stages, self.chunk),

@@ -14,7 +14,9 @@ def test_what_is_found_enters_the_table_that_plans_read(tmp_path, monkeypatch):
     arguments = ["--dry", f"--out={table}", "--shapes=gspn_nano_stage3", "--directions=down", "--passes=forward"]
     assert tune_tiles.main([*arguments, "--dtype=float32"]) == 0
     ((key, fields),) = json.loads(table.read_text())["dry"].items()
-    assert key.startswith("forward,2,7,7,16,7,") and tiles.Tile(**fields).extent >= 7
+    work = tiles.Work.of_key(key)
+    assert (work.kernel, work.batch, work.lines, work.length, work.channels) == ("forward", 2, 7, 7, 16)
+    assert tiles.Tile(**fields).extent >= 7 and work.key == key
 
 
 def test_a_dry_run_never_writes_the_real_table():

@@ -39,4 +39,4 @@ def kernels_of_a_step(remat: bool) -> dict[str, int]:
 @pytest.mark.parametrize("remat,forward", [(False, 1), (True, 2)])
 def test_kernels_of_a_train_step(remat, forward):
     """Four directions. With remat the forward kernels run once more, and no others."""
-    assert kernels_of_a_step(remat) == {"line_scan_forward": 4 * forward, "line_scan_backward": 4}
+    assert kernels_of_a_step(remat) == {"propagation_forward": 4 * forward, "propagation_backward": 4}

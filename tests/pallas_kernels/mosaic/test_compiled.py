@@ -1,0 +1,61 @@
+"""The kernels compiled for an H200, on a machine without one: the interpreter is content with what a card is not."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import deviceless
+from experiments.deviceless import compile_for_h200
+from pallas_kernels import line_scan, line_scan_from_logits
+from pallas_kernels.mosaic.card import H200
+from pallas_kernels.mosaic.operations import Kernels
+from tests.pallas_kernels.mosaic import cases
+
+pytestmark = pytest.mark.skipif(bool(deviceless.missing()), reason=str(deviceless.missing()))
+
+# Loads and stores of global memory by threads, and of local memory, where registers are spilled.
+BY_THREADS = ("STG", "LDL", "STL", "ATOM", "RED")
+
+
+def assert_sound(kernel: deviceless.Kernel) -> None:
+    assert kernel.spill_bytes == kernel.stack_bytes == 0, kernel
+    assert kernel.shared_memory <= H200.shared_memory and kernel.ctas_per_multiprocessor >= 1, kernel
+    assert kernel.count("UTMALDG") >= 3, kernel.opcodes  # x, lam, weights
+    assert kernel.count("UTMASTG") + kernel.count("UBLKCP") >= 1, kernel.opcodes
+    assert not sum(kernel.count(opcode) for opcode in BY_THREADS), kernel.opcodes
+
+
+@pytest.mark.parametrize("case", cases.covering(), ids=str)
+def test_interpreted_cases_compile(case):
+    operation = line_scan if case.source == "weights" else line_scan_from_logits
+    scan = functools.partial(
+        operation, direction=case.direction, chunk=case.chunk_lines, implementation="mosaic", tile=case.explicit_tile
+    )
+
+    def run(x, weights, lam, grad):
+        h, vjp = jax.vjp(scan, x, weights, lam)
+        return h, *vjp(grad)
+
+    kernels = compile_for_h200(run, *cases.draw(case)).kernels
+    assert [kernel.name for kernel in kernels] == ["line_scan_forward", "line_scan_backward"]
+    for kernel in kernels:
+        assert_sound(kernel)
+
+
+@pytest.mark.parametrize("direction,shape", [("down", (2, 1024, 1024, 1152)), ("right", (2, 1024, 1024, 1152)),
+                                             ("down", (512, 1024, 1024, 8))])  # fmt: skip
+def test_offsets_beyond_32_bits(direction, shape):
+    """More than 2^31 elements: TMA counts coordinates; where a store is one bulk copy, its offset has 64 bits."""
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    logits = jax.ShapeDtypeStruct((*shape[:3], 3, shape[3]), jnp.bfloat16)
+    scan = functools.partial(Kernels().scan_forward, direction=direction, chunk=None, from_logits=True)
+    (kernel,) = compile_for_h200(scan, x, logits, x).kernels
+    assert_sound(kernel)
+    bulk = kernel.count("UBLKCP")
+    assert (bulk > 0) == (shape[3] == 8)
+    if bulk:
+        wide = sum(n for opcode, n in kernel.opcodes.items() if re.match(r"U?IMAD\.WIDE", opcode))
+        assert wide >= bulk, kernel.opcodes
