@@ -146,11 +146,14 @@ def _cupti_runs(run: Callable[[int], Any], runs: int) -> list[float]:
     library: Any = getattr(getattr(profiler, "mosaic_gpu_lib"), "_mosaic_gpu_ext", None)  # noqa: B009
     if library is None:
         raise ValueError("jaxlib's Mosaic GPU extension is not installed")
-    library._cupti_init()
     try:
-        _queued_seconds(run, runs)
-    finally:
-        timings = library._cupti_get_timings(True)
+        library._cupti_init()
+        try:
+            _queued_seconds(run, runs)
+        finally:
+            timings = library._cupti_get_timings(True)
+    except RuntimeError as error:
+        raise ValueError(f"CUPTI: {error}") from error
     each, left = divmod(len(timings), runs)
     if left or not each:
         raise ValueError(f"{len(timings)} kernels do not divide into {runs} equal runs")

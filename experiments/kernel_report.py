@@ -1,4 +1,4 @@
-"""What the line scan's Mosaic kernels take of an H200, from compilation on a machine without one.
+"""What the Mosaic kernels take of an H200, from compilation on a machine without one.
 
     python -m experiments.kernel_report --only=gspn_t --out=experiments/results
 
@@ -22,13 +22,14 @@ from absl import flags
 
 from experiments import command_line, deviceless, provenance
 from experiments.kernel_contenders import bytes_moved
-from experiments.kernel_shapes import SHAPES, KernelShape
+from experiments.kernel_shapes import LAYERS, SHAPES, KernelShape
 from pallas_kernels import DIRECTIONS
 from pallas_kernels.mosaic import operations, tiles
 
 COPY_BANDWIDTH = 4.3e12  # bytes a second that a copy reads and writes on an H200; its data sheet says 4.8e12
 PASSES = ("forward", "backward")
-OPERATIONS = ("from_logits", "from_weights")
+OPERATIONS = ("from_logits", "from_weights")  # of one direction
+PROPAGATION, ALL_DIRECTIONS = "propagate", "all"
 DTYPES = ("bfloat16", "float16", "float32")
 NOTE = (
     "Nothing here was executed. Registers, spills, stack and shared memory are the assembler's; instructions per "
@@ -58,9 +59,11 @@ class Case(NamedTuple):
         return " ".join((self.shape.name, *self[1:]))
 
 
-def bind(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], tiles.Tile]:
-    """What is compiled, its arguments and the tile that it takes: the one place that knows how kernels are called."""
+def bind(case: Case) -> tuple[Callable[..., Any], list[Any], list[tiles.Tile]]:
+    """What is compiled, its arguments and the tiles that it takes: the one place that knows how kernels are called."""
     shape, dtype = case.shape, jnp.dtype(case.dtype)
+    if case.operation == PROPAGATION:
+        return _bind_propagation(case)
     from_logits = case.operation == "from_logits"
     maps = (shape.batch, shape.height, shape.width, shape.channels)
     x = jax.ShapeDtypeStruct(maps, dtype)
@@ -73,21 +76,50 @@ def bind(case: Case) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct], ti
     with deviceless.h200():
         form = operations.Form(case.pass_, x, weights, loads, stores, case.direction, shape.chunk, None, False)
     options = dict(direction=case.direction, chunk=shape.chunk, from_logits=from_logits)
-    return functools.partial(function, **options), arguments, form.tile
+    return functools.partial(function, **options), arguments, [form.tile]
+
+
+def _bind_propagation(case: Case) -> tuple[Callable[..., Any], list[Any], list[tiles.Tile]]:
+    """Four directions with gate and skip; forward without the four h, as in inference."""
+    shape, dtype = case.shape, jnp.dtype(case.dtype)
+    pixels = (shape.batch, shape.height, shape.width)
+    x = jax.ShapeDtypeStruct((*pixels, shape.channels), dtype)
+    logits = jax.ShapeDtypeStruct((*pixels, 4, 3, shape.weight_channels), dtype)
+    maps = [jax.ShapeDtypeStruct((*pixels, 4, shape.channels), dtype)] * 3
+    arguments = [x, logits, *maps, jax.ShapeDtypeStruct((4,), jnp.float32)]
+    kernels, options = operations.Kernels(), dict[str, Any](chunk=shape.chunk)
+    with deviceless.h200():
+        forms = operations.forms_of_propagation(case.pass_, x, logits, *maps, interpret=False, **options)
+    if case.pass_ == "forward":
+        function = functools.partial(kernels.propagation_forward, keep=False, **options)
+    else:
+        function, arguments = functools.partial(kernels.propagation_backward, **options), [*arguments, [x] * 4, x]
+    return function, arguments, [form.tile for form in forms]
+
+
+def _bytes(case: Case) -> int:
+    """The least that the operation moves; of propagation, by a launch for each direction that adds to a float32 sum."""
+    if case.operation != PROPAGATION:
+        return bytes_moved(case.operation, case.shape, case.dtype, case.pass_)
+    shape, size = case.shape, jnp.dtype(case.dtype).itemsize
+    maps = shape.batch * shape.height * shape.width * shape.channels
+    weights = 3 * maps * shape.weight_channels // shape.channels
+    each = 4 * maps + weights if case.pass_ == "forward" else 9 * maps + 2 * weights
+    return 4 * each * size + (24 + size) * maps  # the sum is written 3 times and read 3 times, then the result written
 
 
 def compile_rows(case: Case) -> list[Row]:
     """A row for each kernel of the case; one with the error where it does not compile."""
     shape = case.shape
-    moved = bytes_moved(case.operation, shape, case.dtype, case.pass_)
+    moved = _bytes(case)
     row: Row = dict.fromkeys(COLUMNS, "")
     row.update(shape=shape.name, batch=shape.batch, height=shape.height, width=shape.width, channels=shape.channels)
     row.update(weight_channels=shape.weight_channels, chunk=shape.chunk or "", direction=case.direction)
     row.update({"operation": case.operation, "pass": case.pass_, "dtype": case.dtype, "bytes": moved})
     row["limit_us"] = float(f"{1e6 * moved / COPY_BANDWIDTH:.4g}")
     try:
-        function, arguments, tile = bind(case)
-        row["tile"] = str(tile)
+        function, arguments, tiles_of_case = bind(case)
+        row["tile"] = "; ".join(dict.fromkeys(str(tile) for tile in tiles_of_case))
         compilation = deviceless.compile_for_h200(function, *arguments)
     except Exception as error:  # whatever stops a compiler is a result here
         return [row | {"fault": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
@@ -95,12 +127,14 @@ def compile_rows(case: Case) -> list[Row]:
         return [row | {"fault": "no Mosaic kernel in the program"}]
     memory = compilation.compiled.memory_analysis()
     row["temporary_bytes"] = memory.temp_size_in_bytes if memory is not None else ""
-    return [row | _describe(kernel, tile) for kernel in compilation.kernels]
+    return [row | _describe(kernel, tiles_of_case) for kernel in compilation.kernels]
 
 
-def _describe(kernel: deviceless.Kernel, tile: tiles.Tile) -> Row:
-    # The results of a line are one group of stores; a thread has the tile's share of them.
-    elements = kernel.groups_of_loop * tile.rows * tile.channels / 128
+def _describe(kernel: deviceless.Kernel, tiles_of_case: Sequence[tiles.Tile]) -> Row:
+    # The results of a line are one group of stores; a thread has the tile's share of them. Which kernel of several has
+    # which tile is not known: the number is left out where it would matter.
+    shares = {tile.rows * tile.channels / 128 for tile in tiles_of_case}
+    elements = kernel.groups_of_loop * shares.pop() if len(shares) == 1 else 0
     instructions = round(sum(kernel.loop_opcodes.values()) / elements, 1) if elements else ""
     faults = []
     if kernel.spill_bytes:
@@ -128,13 +162,13 @@ def cases(
     shapes: Iterable[KernelShape], directions: Sequence[str], dtypes: Sequence[str], only: str = ""
 ) -> list[Case]:
     """All combinations, those alone whose text contains `only`."""
+    scans = [(direction, operation) for direction in directions for operation in OPERATIONS]
     listed = (
         Case(shape, direction, pass_, operation, dtype)
         for shape in shapes
         for dtype in dtypes
-        for direction in directions
+        for direction, operation in (*scans, *([(ALL_DIRECTIONS, PROPAGATION)] if shape in LAYERS else []))
         for pass_ in PASSES
-        for operation in OPERATIONS
     )
     return [case for case in listed if only in str(case)]
 

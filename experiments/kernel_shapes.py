@@ -112,6 +112,8 @@ GROUPS = {
     "compact": COMPACT,
 }
 SHAPES = tuple(shape for group in GROUPS.values() for shape in group)
+# Where a layer of a model propagates: in four directions.
+LAYERS = (*GSPN_T, *GSPN_S, *GSPN_B, *GSPN_NANO, *GENERATORS, *SDXL)
 
 
 def select(names: Sequence[str]) -> tuple[KernelShape, ...]:

@@ -66,8 +66,7 @@ class Kernels:
         """y of the aligned `propagate`, and the four h; without them, and without writing them, where not `keep`."""
 
         def run(x, logits, lam, gate, merge, *skip):
-            loads, stores = (x, lam, gate, *skip, _FLOAT32), (_FLOAT32, *([x] if keep else []))
-            forms = _forms("forward", x, logits, loads, stores, chunk, self.interpret)
+            forms = forms_of_propagation("forward", x, logits, lam, gate, *skip, chunk=chunk, interpret=self.interpret)
             padded = [forms[0].map(array) for array in (x, lam, gate, *skip)]
 
             def kernels(logits, merge, x, lam, gate, *skip):
@@ -87,8 +86,7 @@ class Kernels:
 
         def run(x, logits, lam, gate, merge, grad_y, *others):
             h, skip = others[:4], others[4:]
-            loads = (x, grad_y, h[0], lam, gate, *skip, _FLOAT32, h[0])
-            forms = _forms("backward", x, logits, loads, (_FLOAT32, lam, gate, *skip), chunk, self.interpret)
+            forms = forms_of_propagation("backward", x, logits, lam, gate, *skip, chunk=chunk, interpret=self.interpret)
             padded = [forms[0].map(array) for array in (x, grad_y, lam, gate, *h, *skip)]
 
             def kernels(logits, merge, x, grad_y, lam, gate, *others):
@@ -173,7 +171,9 @@ class Form:
             if not works:
                 raise ValueError(f"tile: expected one that serves the {kernel} scan of x {x.shape}, got {tile}")
         planned = ((work, tile or plan(work, card, _most_warpgroups(interpret))) for work in works)
-        work, chosen = next((work, chosen) for work, chosen in planned if chosen is not None)
+        work, chosen = next(((work, chosen) for work, chosen in planned if chosen is not None), (works[0], None))
+        if chosen is None:
+            raise ValueError(f"x: expected a map that a tile serves on {card.name}, got {x.shape} of {x.dtype.name}")
         self.padded, self.work, self.tile = work.channels, work, chosen
 
     def map(self, array: jax.Array) -> jax.Array:
@@ -215,8 +215,13 @@ class Form:
         return grads.transpose(axes).astype(self.weight_dtype)
 
 
-def _forms(kernel, x, logits, loads, stores, chunk, interpret) -> list["Form"]:
-    """Of the four directions, with the same channels: one may need more than another."""
+def forms_of_propagation(kernel: str, x, logits, lam, gate, *skip, chunk, interpret: bool) -> list["Form"]:
+    """Of the four directions, "forward" or "backward", with the same channels: one may need more than another."""
+    maps = (lam, gate, *skip)
+    if kernel == "forward":
+        loads, stores = (x, *maps, _FLOAT32), (_FLOAT32, x)
+    else:
+        loads, stores = (x, x, x, *maps, _FLOAT32, x), (_FLOAT32, *maps)  # with grad_y, h and h of the line before
 
     def forms(least_channels):
         return [

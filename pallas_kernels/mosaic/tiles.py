@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import pathlib
+from typing import Any
 
 from pallas_kernels.mosaic.card import Card
 
@@ -78,7 +79,8 @@ class Work:
     @classmethod
     def of_key(cls, key: str) -> "Work":
         """The inverse of `key`."""
-        return cls(*(tuple(value) if isinstance(value, list) else value for value in json.loads(key)))
+        fields: Any = (tuple(value) if isinstance(value, list) else value for value in json.loads(key))
+        return cls(*fields)
 
     def shared_memory(self, tile: Tile) -> int:
         """Bytes that a CTA needs."""
@@ -119,12 +121,15 @@ class Work:
         ragged = self.length % tile.own if tile.ghost else self.length != tile.extent
         if self.adjacent and self.channels == tile.channels and ragged:
             return False
-        return self.shared_memory(tile) <= card.shared_memory and self.registers(tile) * 128 * tile.warpgroups <= 65536
+        if self.registers(tile) > 240 or self.registers(tile) * 128 * tile.warpgroups > _ALL_REGISTERS:
+            return False
+        return self.shared_memory(tile) <= card.shared_memory
 
     def registers(self, tile: Tile) -> int:
         """An estimate, per thread."""
         line, element = _REGISTERS[self.kernel]
-        return min(255, line + element * max(1, tile.rows * tile.channels // 128))
+        element += 4 * (self.kernel == "backward" and len(self.stores) > 3)  # as in propagation
+        return line + element * max(1, tile.rows * tile.channels // 128)
 
     def seconds(self, tile: Tile, card: Card) -> float:
         """An estimate of the time, by which tiles are compared."""

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 
@@ -258,9 +259,9 @@ def test_clocks_where_there_is_no_gpu():
     assert hasattr(profiler, "mosaic_gpu_lib")
     assert device_time.choose_clock()[0] == "host"
     program = jax.jit(lambda x: x + 1)
-    for clock, reason in (("profiler", "no device events"), ("cupti", "extension is not installed")):
+    for clock, reason in (("profiler", "no device events"), ("cupti", "extension is not installed|CUPTI")):
         timing = device_time.measure(lambda _: program(jnp.ones(8)), clock=clock, most_runs=3)
-        assert timing.median_ms is None and timing.host_ms > 0 and reason in timing.clock
+        assert timing.median_ms is None and timing.host_ms > 0 and re.search(reason, timing.clock)
 
 
 def row(**values):

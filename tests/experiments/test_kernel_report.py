@@ -31,7 +31,7 @@ def test_cases_are_chosen_by_their_text():
     ],
 )
 def test_faults_of_a_kernel(changes, fault):
-    row = kernel_report._describe(Kernel(**{**vars(KERNEL), **changes}), Tile(channels=64, rows=16))
+    row = kernel_report._describe(Kernel(**{**vars(KERNEL), **changes}), [Tile(channels=64, rows=16)])
     assert fault in row["fault"] and bool(fault) == bool(row["fault"])
     assert row["instructions_per_element"] == 6.8  # 108 instructions, two lines, 8 elements each
 
@@ -50,7 +50,7 @@ def test_what_does_not_compile_is_a_row(monkeypatch):
 @pytest.mark.parametrize("shape", [TINY, PADDED], ids=lambda shape: shape.name)
 def test_report_of_one_shape(tmp_path, shape):
     rows = kernel_report.run(cases([shape], ["right"], ["bfloat16"]), str(tmp_path / "new"))
-    assert [row["kernel"] for row in rows] == ["line_scan_forward"] * 2 + ["line_scan_backward"] * 2
+    assert [row["kernel"] for row in rows] == ["line_scan_forward", "line_scan_backward"] * 2
     for row in rows:
         assert row["fault"] == "" and row["ctas"] >= 1 <= row["ctas_per_multiprocessor"]
         assert row["tma_loads"] > 0 and 1 < row["instructions_per_element"] < 1000
