@@ -184,13 +184,13 @@ def run(listed: Sequence[Case], out: str) -> list[Row]:
         "bandwidth": f"{COPY_BANDWIDTH / 1e12} TB/s, about that of a copy on the card",
         "note": NOTE,
     }
+    folder = pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)  # before the minutes that compilation takes
     rows = []
     for number, case in enumerate(listed, 1):
         found = compile_rows(case)
         rows += found
         print(f"{number}/{len(listed)} {case}: {'; '.join(row['fault'] for row in found if row['fault']) or 'right'}")
-    folder = pathlib.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "kernel_report.csv", "w", newline="") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in about.items())
         writer = csv.DictWriter(file, COLUMNS)

@@ -40,6 +40,9 @@ COMPACT = (
     KernelShape("compact_512_b1_c128", 1, 512, 512, 128, 1),
 )
 
+# One line is as long as the shortest that no CTA holds whole in the backward pass.
+LONG = (KernelShape("line_2048", 1, 64, 2048, 64),)
+
 # GSPN-2, table 1.
 TABLE1 = (
     KernelShape("table1_32_b32_c196", 32, 32, 32, 196),
@@ -110,6 +113,7 @@ GROUPS = {
     "generators": GENERATORS,
     "sdxl": SDXL,
     "compact": COMPACT,
+    "long": LONG,
 }
 SHAPES = tuple(shape for group in GROUPS.values() for shape in group)
 # Where a layer of a model propagates: in four directions.

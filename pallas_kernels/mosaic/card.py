@@ -5,6 +5,7 @@ import contextvars
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -62,7 +63,9 @@ def planned_for() -> Card:
 
 
 def _asked() -> Card | str:
-    device = jax.devices()[0]
+    # A default that the user has set, on a machine of several kinds, says where arrays are.
+    default: Any = jax.config.jax_default_device
+    device = jax.devices(default)[0] if isinstance(default, str) else default or jax.devices()[0]
     if device.platform != "gpu":
         return f"JAX runs on the {device.platform}; the kernels need an NVIDIA GPU of compute capability 9.0 or more"
     capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))

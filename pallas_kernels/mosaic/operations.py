@@ -1,7 +1,8 @@
 """The kernels as implementations of the operations: what they cannot address is padded, shared weights are laid out.
 
-TMA wants 16-byte steps between pixels: C is rounded up to a multiple of 8 (4 in float32). A map of fewer than 8
-channels and several images is scanned as one image with all their channels, which moves less.
+TMA wants 16-byte steps between pixels: C is rounded up to a multiple of 8 (4 in float32). Weights that all channels
+share, or 8, 16, ... of them, stay as they are; those that another number shares are repeated for each channel. A map of
+fewer than 8 channels and several images is scanned as one image with all their channels, which moves less.
 """
 
 import dataclasses
@@ -169,7 +170,9 @@ class Form:
         if tile is not None:
             works = [work for work in works if work.fits(tile, card)]
             if not works:
-                raise ValueError(f"tile: expected one that serves the {kernel} scan of x {x.shape}, got {tile}")
+                raise ValueError(f"tile: expected one that serves the {kernel} scan of x {x.shape}, got {tile!r}")
+            if tile.warpgroups > (most := _most_warpgroups(interpret)):
+                raise ValueError(f"tile: the interpreter runs at most {most} warpgroups here, got {tile!r}")
         planned = ((work, tile or plan(work, card, _most_warpgroups(interpret))) for work in works)
         work, chosen = next(((work, chosen) for work, chosen in planned if chosen is not None), (works[0], None))
         if chosen is None:

@@ -22,7 +22,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 THREADS = 128  # of a warpgroup
 ALIGNMENT = 128  # bytes: where in shared memory a TMA copy may start
-SHARED_MEMORY = 227 * 1024  # bytes that a CTA may ask for on compute capability 9.0
 LARGEST_BOX = 256  # elements along an axis of one TMA copy
 
 shared_memory = plgpu.SMEM
@@ -166,7 +165,7 @@ def launch(
         kernel,
         out_type=tuple(made),
         mesh=mesh,
-        # The barriers that order the threads of a warpgroup are the kernels' own: see Pipeline.run.
+        # The barriers that order the threads of a warpgroup are the kernels' own: see Pipeline.walk.
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
@@ -204,7 +203,8 @@ def interpreted(function: Callable[..., Any], *arrays: jax.Array) -> Any:
         with _one_at_a_time:
             _RecordedRaces.seen.clear()
             try:
-                results = jax.tree.map(np.asarray, jax.jit(function)(*arrays))
+                with jax.enable_x64(False):
+                    results = jax.tree.map(np.asarray, jax.jit(function)(*arrays))
             except Exception:
                 gpu_callbacks.reset_gpu_interpret_mode_state()
                 raise
@@ -212,15 +212,18 @@ def interpreted(function: Callable[..., Any], *arrays: jax.Array) -> Any:
                 raise RuntimeError("the interpreter saw a race in a kernel; it printed the two places")
             return results
 
-    return jax.pure_callback(run, jax.eval_shape(function, *arrays), *arrays, vmap_method="sequential")
+    with jax.enable_x64(False):
+        results = jax.eval_shape(function, *arrays)
+    return jax.pure_callback(run, results, *arrays, vmap_method="sequential")
 
 
 def on_device(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     """`function(*arrays)`, which launches kernels; also inside a shard_map.
 
-    Kernels do not say over which axes of a shard_map their results vary, so that JAX must not ask.
+    Kernels do not say over which axes of a shard_map their results vary, so that JAX must not ask. They count in 32
+    bits whatever jax_enable_x64 says.
     """
-    with config._check_vma(False):
+    with config._check_vma(False), jax.enable_x64(False):
         return function(*arrays)
 
 

@@ -101,6 +101,8 @@ class Work:
 
     def fits(self, tile: Tile, card: Card) -> bool:
         """Whether the kernel is right with this tile, and its shared memory and registers suffice."""
+        if not all(isinstance(value, int) for value in dataclasses.astuple(tile)):
+            return False
         elements = tile.rows * tile.channels
         if elements % 128 or not 128 <= elements <= 2048 or tile.channels not in (8, 16, 32, 64):
             return False
@@ -179,7 +181,7 @@ def candidates(work: Work, card: Card, most_warpgroups: int = 4) -> list[Tile]:
 def plan(work: Work, card: Card, most_warpgroups: int = 4) -> Tile | None:
     """The tile that a scan runs with; None if none serves it as it is (a channel block of all channels, ragged)."""
     measured = _measured().get(card.name, {}).get(work.key)
-    if measured:
+    if measured and measured["warpgroups"] <= most_warpgroups:
         return Tile(**measured)
     seconds = {tile: work.seconds(tile, card) for tile in candidates(work, card, most_warpgroups)}
     if not seconds:

@@ -12,6 +12,7 @@ from experiments.deviceless import compile_for_h200
 from pallas_kernels import line_scan, line_scan_from_logits
 from pallas_kernels.mosaic.card import H200
 from pallas_kernels.mosaic.operations import Kernels
+from pallas_kernels.mosaic.tiles import Tile
 from tests.pallas_kernels.mosaic import cases
 
 pytestmark = pytest.mark.skipif(bool(deviceless.missing()), reason=str(deviceless.missing()))
@@ -43,6 +44,16 @@ def test_interpreted_cases_compile(case):
     assert [kernel.name for kernel in kernels] == ["line_scan_forward", "line_scan_backward"]
     for kernel in kernels:
         assert_sound(kernel)
+
+
+def test_a_bulk_store_never_meets_a_ragged_line():
+    """A box without gaps in memory is stored by one bulk copy, which is not clipped: it would enter the next line."""
+    for length, is_bulk in ((16, True), (9, False)):
+        x = jax.ShapeDtypeStruct((1, 4, length, 8), jnp.float32)
+        logits = jax.ShapeDtypeStruct((1, 4, length, 3, 8), jnp.float32)
+        scan = functools.partial(Kernels().scan_forward, direction="down", chunk=None, from_logits=True)
+        (kernel,) = compile_for_h200(functools.partial(scan, tile=Tile(8, 16)), x, logits, x).kernels
+        assert (kernel.count("UBLKCP") > 0) == is_bulk == (kernel.count("UTMASTG") == 0), (length, kernel.opcodes)
 
 
 @pytest.mark.parametrize("direction,shape", [("down", (2, 1024, 1024, 1152)), ("right", (2, 1024, 1024, 1152)),

@@ -129,6 +129,13 @@ def test_propagate(skip, chunk, alignment, dtype):
             assert_close(one, other, name=name)
 
 
+def test_float32_arrays_where_64_bits_are_on():
+    arrays = draw((1, 5, 9, 8))
+    want = gradients("xla", *arrays)
+    with jax.enable_x64(True):
+        assert_all_close(gradients("mosaic_interpret", *arrays), want)
+
+
 def test_logits_of_any_size():
     logits = np.random.default_rng(5).choice([-100.0, -27.5, -26.0, 0.0, 100.0], (1, 4, 9, 3, 8)).astype(np.float32)
     x, _, lam = draw((1, 4, 9, 8), seed=6)
