@@ -162,6 +162,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     shown = [re.sub("^(--out=).*/", r"\1", argument) for argument in arguments]
     options.command = " ".join(["python -m experiments.benchmark_kernels", *shown])
+    if options.out and not Path(options.out).absolute().parent.is_dir():
+        parser.error(f"out: expected a file in a folder that exists, got {options.out}")
     try:
         select(options.shapes or [])
     except ValueError as error:

@@ -143,14 +143,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", default="bfloat16")
     add("--pass", dest="pass_", choices=("forward", "backward", "both"), default="forward")
     options = parser.parse_args(arguments)
-    about, rows = read(options.csv)
-    if options.out:
-        chosen = {key: getattr(options, key) for key in ("channels", "batch", "dtype", "pass_")}
-        title = f"{options.pass_}, batch {options.batch}, {options.channels} channels, {options.dtype}"
-        draw(curves(rows, **chosen), f"{title}; {about.get('hardware', '')}", options.out)
-    text = table(about, rows)
-    if options.table:
-        Path(options.table).write_text(text)
+    try:
+        about, rows = read(options.csv)
+        if options.out:
+            chosen = {key: getattr(options, key) for key in ("channels", "batch", "dtype", "pass_")}
+            title = f"{options.pass_}, batch {options.batch}, {options.channels} channels, {options.dtype}"
+            draw(curves(rows, **chosen), f"{title}; {about.get('hardware', '')}", options.out)
+        text = table(about, rows)
+        if options.table:
+            Path(options.table).write_text(text)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(text)
     return 0
 
