@@ -201,7 +201,7 @@ def run(listed: Sequence[Case], out: str) -> list[Row]:
 
 
 def _markdown(about: dict[str, str], rows: Sequence[Row]) -> str:
-    lines = ["# Kernels of the line scan, compiled for an H200", "", *(f"- {key}: {about[key]}" for key in about), ""]
+    lines = ["# Kernels, compiled for an H200", "", *(f"- {key}: {about[key]}" for key in about), ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(str(row[key]).replace("|", "\\|") for key in COLUMNS) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -82,11 +82,12 @@ def test_the_gather_check_sees_a_gather():
     assert re.search(r"\b(all-gather|all-to-all|collective-permute)\b", str(program.as_text()))
 
 
-@pytest.mark.parametrize("kind", ["line_scan", "propagate"])
-@pytest.mark.parametrize("batch,channels,weight_channels,names", [
-    (1, 8, 8, {}), (4, 5, 5, {}), (1, 5, 1, {}), (4, 8, 2, {}), (4, 8, 8, dict(batch_axis=None, channel_axis=None)),
-    (4, 8, 8, dict(batch_axis="replica", channel_axis="tensor")),
-    (4, 8, 8, dict(batch_axis="data", channel_axis="data")),
+@pytest.mark.parametrize("kind,batch,channels,weight_channels,names", [
+    ("line_scan", 1, 8, 8, {}), ("line_scan", 4, 5, 5, {}), ("line_scan", 1, 5, 1, {}), ("line_scan", 4, 8, 2, {}),
+    ("line_scan", 4, 8, 8, dict(batch_axis=None, channel_axis=None)),
+    ("line_scan", 4, 8, 8, dict(batch_axis="replica", channel_axis="tensor")),
+    ("line_scan", 4, 8, 8, dict(batch_axis="data", channel_axis="data")),
+    ("propagate", 1, 5, 1, {}), ("propagate", 4, 8, 2, {}),
 ])  # fmt: skip
 def test_axes_that_do_not_fit_are_left_out(kind, batch, channels, weight_channels, names):
     draw, loss = (draw_scan, scan_loss) if kind == "line_scan" else (draw_maps, maps_loss)
