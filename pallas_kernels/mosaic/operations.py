@@ -8,20 +8,24 @@ fewer than 8 channels and several images is scanned as one image with all their 
 import dataclasses
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.directions import DIRECTIONS, neighbour_axis, walked_axis
-from pallas_kernels.mosaic import line_scan, primitives, propagation
+from pallas_kernels.mosaic import line_scan, on_chip, primitives, propagation
 from pallas_kernels.mosaic.card import planned_for
-from pallas_kernels.mosaic.tiles import Tile, Work, plan
+from pallas_kernels.mosaic.maps import Given, Made
+from pallas_kernels.mosaic.tiles import MAPS, Tile, Work, lines_of_product, plan, rows_of_product
 from pallas_kernels.sharding import vary_alike
+from pallas_kernels.up_projection import maps_of
 from pallas_kernels.walk import spread
 
 _UNIT = 8  # channels: the least channel block
 _FLOAT32 = jax.ShapeDtypeStruct((), jnp.float32)  # y while directions add to it
+_ON_CHIP = 4  # bytes per pixel and channel of y in shared memory, beside x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +66,17 @@ class Kernels:
         return _folded(scan)(x, weights, lam, h, grad_h)
 
     def propagation_forward(
-        self, x, logits, lam, gate, skip, merge, chunk: int | None, keep: bool
+        self, x, logits, lam, gate, skip, merge, chunk: int | None, keep: bool, path: str = "fused"
     ) -> tuple[jax.Array, tuple]:
-        """y of the aligned `propagate`, and the four h; without them, and without writing them, where not `keep`."""
+        """y of the aligned `propagate`, and the four h; without them, and without writing them, where not `keep`.
+
+        `path`: "fused" or "fused_on_chip".
+        """
+        on_chip = path == "fused_on_chip"
 
         def run(x, logits, lam, gate, merge, *skip):
-            forms = forms_of_propagation("forward", x, logits, lam, gate, *skip, chunk=chunk, interpret=self.interpret)
-            padded = [forms[0].map(array) for array in (x, lam, gate, *skip)]
-
-            def kernels(logits, merge, x, lam, gate, *skip):
-                return propagation.propagate_forward(
-                    x, _each(logits), lam, gate, skip[0] if skip else None, merge,
-                    chunk=chunk, keep=keep, tiles=[form.tile for form in forms], interpret=self.interpret,
-                )  # fmt: skip
-
-            y, states = self._run(kernels, _logits(forms, logits), merge, *padded)
-            return [forms[0].map_back(array) for array in (y, *states)]
+            given = GivenForms("forward", x, logits, lam, gate, *skip, chunk=chunk, on_chip=on_chip, kernels=self)
+            return self._forward(given, keep, on_chip, merge, x, given.arrays(logits, lam, gate, *skip))
 
         y, *states = _folded(run)(x, logits, lam, gate, _for_each_image(merge, x), *([] if skip is None else [skip]))
         return y, tuple(states)
@@ -87,28 +86,66 @@ class Kernels:
 
         def run(x, logits, lam, gate, merge, grad_y, *others):
             h, skip = others[:4], others[4:]
-            forms = forms_of_propagation("backward", x, logits, lam, gate, *skip, chunk=chunk, interpret=self.interpret)
-            padded = [forms[0].map(array) for array in (x, grad_y, lam, gate, *h, *skip)]
-
-            def kernels(logits, merge, x, grad_y, lam, gate, *others):
-                h, skip = others[:4], others[4:]
-                return propagation.propagate_backward(
-                    x, _each(logits), lam, gate, skip[0] if skip else None, merge, h, grad_y,
-                    chunk=chunk, tiles=[form.tile for form in forms], interpret=self.interpret,
-                )  # fmt: skip
-
-            grad_x, of_logits, of_maps, of_merge = self._run(kernels, _logits(forms, logits), merge, *padded)
-            if forms[0].is_shared:
-                parts = [form.weights_back(grad) for form, grad in zip(forms, of_logits, strict=True)]
-                grad_logits = jnp.stack(parts, axis=3)
-            else:
-                grad_logits = forms[0].weights_back(of_logits[0]).reshape(logits.shape)
-            return [forms[0].map_back(grad_x), grad_logits, of_merge, *(forms[0].map_back(grad) for grad in of_maps)]
+            given = GivenForms("backward", x, logits, lam, gate, *skip, chunk=chunk, on_chip=False, kernels=self)
+            return self._backward(given, merge, x, grad_y, h, given.arrays(logits, lam, gate, *skip))
 
         arrays = (x, logits, lam, gate, _for_each_image(merge, x), grad_y, *h, *([] if skip is None else [skip]))
-        grad_x, grad_logits, of_merge, *of_maps = _folded(run)(*arrays)
+        grad_x, of_merge, grad_logits, *of_maps = _folded(run)(*arrays)
         of_maps += [None] if skip is None else []
         return grad_x, grad_logits, *of_maps, jnp.sum(of_merge, axis=0).astype(merge.dtype)
+
+    def low_rank_forward(self, x, proxy, up, merge, chunk: int | None, keep: bool, path: str) -> tuple[jax.Array, tuple]:
+        """As `propagation_forward`, from the 16-bit `proxy` and `up` of `propagate_low_rank`; `path` of `PATHS`."""
+        if not path.startswith("low_rank"):
+            return self.propagation_forward(x, *maps_of(proxy, up), merge, chunk, keep, path)
+        on_chip = path == "low_rank_on_chip"
+
+        def run(up, x, proxy, merge):
+            made = MadeForms("forward", x, proxy, up, chunk=chunk, on_chip=on_chip, kernels=self)
+            return self._forward(made, keep, on_chip, merge, x, made.arrays(proxy))
+
+        y, *states = _folded(run, first=1)(up, x, proxy, _for_each_image(merge, x))
+        return y, tuple(states)
+
+    def low_rank_backward(self, x, proxy, up, merge, h, grad_y, chunk: int | None, path: str) -> tuple:
+        """Gradients as of `propagation_backward`; those of the logits for C_w channels or for all C.
+
+        `path`: "fused" makes the maps again in memory, "low_rank" in the kernels.
+        """
+        if path == "fused":
+            return self.propagation_backward(x, *maps_of(proxy, up), merge, h, grad_y, chunk)
+
+        def run(up, x, proxy, merge, grad_y, *h):
+            made = MadeForms("backward", x, proxy, up, chunk=chunk, on_chip=False, kernels=self)
+            return self._backward(made, merge, x, grad_y, h, made.arrays(proxy))
+
+        grad_x, of_merge, *of_maps = _folded(run, first=1)(up, x, proxy, _for_each_image(merge, x), grad_y, *h)
+        of_maps += [None] if up[-1] is None else []
+        return grad_x, *of_maps, jnp.sum(of_merge, axis=0).astype(merge.dtype)
+
+    def _forward(self, forms: "GivenForms | MadeForms", keep: bool, is_on_chip: bool, merge, x, arrays):
+        def kernels(x, merge, arrays):
+            options: Any = dict(chunk=forms.chunk, keep=keep, interpret=self.interpret)
+            if is_on_chip:
+                run = functools.partial(on_chip.propagate_forward, tile=forms.tiles[0])
+            else:
+                run = functools.partial(propagation.propagate_forward, tiles=forms.tiles)
+            return run(x, forms.maps(arrays), merge, **options)
+
+        y, states = self._run(kernels, forms.map(x), merge, arrays)
+        return [forms.map_back(array) for array in (y, *states)]
+
+    def _backward(self, forms: "GivenForms | MadeForms", merge, x, grad_y, h, arrays):
+        """Gradients of x, merge, logits, lam, gate and, if there is one, skip."""
+
+        def kernels(x, grad_y, h, merge, arrays):
+            options: Any = dict(chunk=forms.chunk, tiles=forms.tiles, interpret=self.interpret)
+            return propagation.propagate_backward(x, forms.maps(arrays), merge, h, grad_y, **options)
+
+        maps = forms.map(x), forms.map(grad_y), [forms.map(array) for array in h]
+        grad_x, of_logits, of_maps, of_merge = self._run(kernels, *maps, merge, arrays)
+        of_maps = [forms.map_back(grad) for grad in of_maps]
+        return [forms.map_back(grad_x), of_merge, forms.logits_back(of_logits), *of_maps]
 
     def _scan(self, kernel, form: "Form", from_logits: bool, *arrays: jax.Array):
         function = functools.partial(
@@ -133,8 +170,9 @@ class Form:
     """
 
     def __init__(
-        self, kernel, x, weights, loads, stores, direction, chunk, tile, interpret, *, may_fold=True, least_channels=0
-    ):
+        self, kernel, x, weights, loads, stores, direction, chunk, tile, interpret, *, may_fold=True, least_channels=0,
+        rank=0, resident=0,
+    ):  # fmt: skip
         self.batch, self.channels, self.weight_channels = x.shape[0], x.shape[-1], weights.shape[-1]
         self.direction, self.chunk, axis = direction, chunk, walked_axis(direction)
         self.weight_dtype = weights.dtype
@@ -149,19 +187,23 @@ class Form:
         self.padded = max(self.padded, least_channels)
         each = () if self.is_shared else (3 * weights.dtype.itemsize,)
         lines, self.length = x.shape[axis], x.shape[neighbour_axis(direction)]
+        # Where all directions are walked in one kernel, the tile is that of the longer side.
+        walked = max(lines, self.length) if resident else min(chunk or lines, lines)
 
         def work_of(channels: int) -> Work:
             return Work(
                 kernel=kernel,
                 batch=1 if self.folds else self.batch,
-                lines=lines,
-                length=self.length,
+                lines=min(lines, self.length) if resident else lines,
+                length=max(lines, self.length) if resident else self.length,
                 channels=channels,
-                chunk=min(chunk or lines, lines),
-                loads=(*each, *(array.dtype.itemsize for array in loads)),
+                chunk=walked,
+                loads=(*(() if rank else each), *(array.dtype.itemsize for array in loads)),
                 stores=(*(each if kernel == "backward" else ()), *(array.dtype.itemsize for array in stores)),
                 sharing=channels // self.weight_channels if self.is_shared else 1,
-                adjacent=axis == 1 or x.shape[2] == 1,
+                adjacent=axis == 1 or x.shape[2] == 1 or bool(resident),
+                rank=rank,
+                resident=resident,
             )
 
         # A channel block of fewer than all channels is clipped at the end of a line; one of all is not always.
@@ -218,52 +260,150 @@ class Form:
         return grads.transpose(axes).astype(self.weight_dtype)
 
 
-def forms_of_propagation(kernel: str, x, logits, lam, gate, *skip, chunk, interpret: bool) -> list["Form"]:
+class GivenForms:
+    """Arrays of a propagation in the form that the kernels take: maps in memory.
+
+    Attributes:
+      chunk: of the operation.
+      forms, tiles: of each direction; the same tile of all where they are walked on chip.
+    """
+
+    def __init__(self, kernel: str, x, logits, lam, gate, *skip, chunk: int | None, on_chip: bool, kernels: Kernels):
+        self.chunk, self._shape = chunk, logits.shape
+        self.forms = _four_forms(kernel, x, logits, (lam, gate, *skip), chunk, on_chip, kernels.interpret)
+        self.tiles = [form.tile for form in self.forms]
+        self.map, self.map_back = self.forms[0].map, self.forms[0].map_back
+
+    def arrays(self, logits, lam, gate, *skip) -> tuple:
+        """The maps as the kernels take them: logits, for each direction where they are shared, else for all."""
+        if self.forms[0].is_shared:
+            parts = [form.weights(logits[:, :, :, d]) for d, form in enumerate(self.forms)]
+        else:
+            parts = [self.forms[0].weights(logits.reshape(*logits.shape[:3], 12, logits.shape[-1]))]
+        return parts, [self.map(array) for array in (lam, gate, *skip)]
+
+    def maps(self, arrays: tuple) -> list[Given]:
+        """For each direction, of what `arrays` gave."""
+        logits, (lam, gate, *skip) = arrays
+        each = logits if len(logits) > 1 else logits * len(DIRECTIONS)
+        return [Given(array, lam, gate, *(skip or [None])) for array in each]
+
+    def logits_back(self, grads: list[jax.Array]) -> jax.Array:
+        """The gradient of logits, (B, H, W, 4, 3, C_w)."""
+        if self.forms[0].is_shared:
+            parts = [form.weights_back(grad) for form, grad in zip(self.forms, grads, strict=True)]
+            return jnp.stack(parts, axis=3)
+        return self.forms[0].weights_back(grads[0]).reshape(self._shape)
+
+
+class MadeForms:
+    """As `GivenForms`: maps that the kernels make of a proxy (B, H, W, S) and `up`, as in `propagate_low_rank`."""
+
+    def __init__(self, kernel: str, x, proxy, up, *, chunk: int | None, on_chip: bool, kernels: Kernels):
+        self.chunk, self._up, self._channels = chunk, up, x.shape[-1]
+        self._has_skip, self._rank = up[-1] is not None, primitives.round_up(proxy.shape[-1], 16)
+        like = jax.ShapeDtypeStruct(x.shape, proxy.dtype)
+        self.forms = _four_forms(
+            kernel, x, like, (like,) * (2 + self._has_skip), chunk, on_chip, kernels.interpret, rank=self._rank
+        )
+        self.tiles = [form.tile for form in self.forms]
+        self.map, self.map_back = self.forms[0].map, self.forms[0].map_back
+
+    def arrays(self, proxy: jax.Array) -> tuple:
+        """The proxy in the order of each axis that is walked, and the columns of `up` for each direction."""
+        return [self._proxy(proxy, form) for form in self.forms[:2]], [
+            self._columns(d, form.tile) for d, form in enumerate(self.forms)
+        ]
+
+    def maps(self, arrays: tuple) -> list[Made]:
+        """For each direction, of what `arrays` gave."""
+        proxies, columns = arrays
+        return [
+            Made(proxies[d % 2], self._pitch(form), columns[d], self._has_skip) for d, form in enumerate(self.forms)
+        ]
+
+    def logits_back(self, grads: list[jax.Array]) -> jax.Array:
+        """The gradient of logits for each channel, (B, H, W, 4, 3, C)."""
+        grad = self.map_back(grads[0])
+        return grad.reshape(*grad.shape[:3], 4, 3, -1)
+
+    def _pitch(self, form: "Form") -> int:
+        # Where a product makes several lines, they lie as close as in its tile.
+        return form.tile.rows if lines_of_product(form.tile) > 1 else primitives.round_up(form.length, 8)
+
+    def _proxy(self, proxy: jax.Array, form: "Form") -> jax.Array:
+        """`maps.Made.proxy`."""
+        if walked_axis(form.direction) == 2:
+            proxy = proxy.swapaxes(1, 2)
+        batch, lines, length, rank = proxy.shape
+        pitch = self._pitch(form)
+        proxy = jnp.pad(proxy, [(0, 0), (0, 0), (0, pitch - length), (0, self._rank - rank)])
+        # The product that begins at the last line, or pixel, reads beyond it.
+        proxy = proxy.reshape(batch, lines * pitch, self._rank)
+        return jnp.pad(proxy, [(0, 0), (0, rows_of_product(form.tile) + form.tile.extent), (0, 0)])
+
+    def _columns(self, direction: int, tile: Tile) -> jax.Array:
+        """`maps.Made.up`."""
+        logits, *maps = (None if array is None else array[:, direction] for array in self._up)
+        logits = jnp.repeat(logits, self._channels // logits.shape[-1], axis=-1)
+        maps = [jnp.zeros_like(logits[:, 0]) if array is None else array for array in maps]
+        columns = jnp.concatenate([logits, jnp.stack(maps, axis=1)], axis=1)
+        missing = -columns.shape[-1] % tile.channels
+        columns = jnp.pad(columns, [(0, self._rank - columns.shape[0]), (0, 0), (0, missing)])
+        columns = columns.reshape(self._rank, MAPS, -1, tile.channels).swapaxes(1, 2)
+        return columns.reshape(self._rank, -1)
+
+
+def _four_forms(
+    kernel: str, x, logits, maps, chunk: int | None, on_chip: bool, interpret: bool, rank: int = 0
+) -> list["Form"]:
     """Of the four directions, "forward" or "backward", with the same channels: one may need more than another."""
-    maps = (lam, gate, *skip)
-    if kernel == "forward":
-        loads, stores = (x, *maps, _FLOAT32), (_FLOAT32, x)
-    else:
-        loads, stores = (x, x, x, *maps, _FLOAT32, x), (_FLOAT32, *maps)  # with grad_y, h and h of the line before
+    made = () if rank else maps
+    if on_chip:
+        loads, stores, resident = made, (x, x), _ON_CHIP + x.dtype.itemsize  # y and h
+    elif kernel == "forward":
+        loads, stores, resident = (x, *made, _FLOAT32), (_FLOAT32, x), 0
+    else:  # with grad_y, h and h of the line before
+        loads, stores, resident = (x, x, x, *made, _FLOAT32, x), (_FLOAT32, *maps), 0
 
     def forms(least_channels):
         return [
             Form(kernel, x, logits, loads, stores, direction, chunk, None, interpret, may_fold=False,
-                 least_channels=least_channels)
+                 least_channels=least_channels, rank=rank, resident=resident)
             for direction in DIRECTIONS
         ]  # fmt: skip
 
     return forms(max(form.padded for form in forms(0)))
 
 
-def _logits(forms: list["Form"], logits: jax.Array) -> list[jax.Array]:
-    """(B, H, W, 4, 3, C_w) for the kernels: one array for each direction that shares weights, else one for all."""
-    if forms[0].is_shared:
-        return [form.weights(logits[:, :, :, d]) for d, form in enumerate(forms)]
-    return [forms[0].weights(logits.reshape(*logits.shape[:3], 12, logits.shape[-1]))]
-
-
-def _each(logits: list[jax.Array]) -> list[jax.Array]:
-    return logits if len(logits) > 1 else logits * len(DIRECTIONS)
-
-
 def _for_each_image(merge: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(merge.astype(jnp.float32), (x.shape[0], len(DIRECTIONS)))
 
 
-def _folded(function):
-    """`function` of arrays (B, ...) and with such results, so that `jax.vmap` makes a larger batch of the new axis."""
+def _folded(function, first: int = 0):
+    """`function` of arrays (B, ...) and with such results, so that `jax.vmap` makes a larger batch of the new axis.
+
+    The arguments before number `first` serve the whole batch. Where they are mapped, one batch runs after the other.
+    """
     function = custom_vmap(function)
 
     @function.def_vmap
-    def _(size, is_mapped, *arrays):
-        merged = (
-            (array if mapped else jnp.broadcast_to(array, (size, *array.shape))).reshape(-1, *array.shape[1 + mapped :])
-            for array, mapped in zip(arrays, is_mapped, strict=True)
-        )
-        results = function(*merged)
-        split = jax.tree.map(lambda result: result.reshape(size, -1, *result.shape[1:]), results)
-        return split, jax.tree.map(lambda _: True, results)
+    def _(size, is_mapped, *arguments):
+        def merged(mapped, array):
+            array = array if mapped else jnp.broadcast_to(array, (size, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
+
+        if any(jax.tree.leaves(is_mapped[:first])):
+            whole = jax.tree.map(
+                lambda mapped, array: array if mapped else jnp.broadcast_to(array, (size, *array.shape)),
+                tuple(is_mapped), arguments,
+            )  # fmt: skip
+            results = jax.lax.map(lambda one: function(*one), whole)
+        else:
+            batches = jax.tree.map(merged, tuple(is_mapped[first:]), arguments[first:])
+            results = function(*arguments[:first], *batches)
+            results = jax.tree.map(lambda result: result.reshape(size, -1, *result.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
 
     return function
 
