@@ -4,7 +4,7 @@ Both give, for a tile of a line, the weights, lam, gate and skip of one directio
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.mosaic import primitives
 from pallas_kernels.mosaic.line_scan import SLOTS, Weights
 from pallas_kernels.mosaic.pipeline import Pipeline
-from pallas_kernels.mosaic.tiles import MAPS, SKEW, lines_of_product, products_ahead, rows_of_product
+from pallas_kernels.mosaic.tiles import MAPS, SKEW, lines_of_product, overlaps, products_ahead, rows_of_product
 
 
 class Read(NamedTuple):
@@ -37,8 +37,8 @@ class Given:
     gate: jax.Array
     skip: jax.Array | None
 
-    def of(self, walk: Pipeline, slot: int) -> "GivenMaps":
-        """What a kernel needs of direction `slot`."""
+    def of(self, walk: Pipeline, slot: int, *, alone: bool) -> "GivenMaps":
+        """What a kernel needs of direction `slot`; `alone`: it walks no other."""
         return GivenMaps(self, walk, slot)
 
 
@@ -59,9 +59,9 @@ class Made:
     up: jax.Array
     has_skip: bool
 
-    def of(self, walk: Pipeline, slot: int) -> "MadeMaps":
-        """What a kernel needs of direction `slot`."""
-        return MadeMaps(self, walk, slot)
+    def of(self, walk: Pipeline, slot: int, *, alone: bool) -> "MadeMaps":
+        """What a kernel needs of direction `slot`; `alone`: it walks no other."""
+        return MadeMaps(self, walk, slot, alone)
 
 
 class GivenMaps:
@@ -95,10 +95,14 @@ class GivenMaps:
         self._refs, self._rings = inputs, scratch
 
     def start(self) -> None:
-        """Before the first line of the kernel."""
+        """Starts copies, before the first line of the kernel."""
 
-    def finish(self) -> None:
-        """After the last line."""
+    def prepare(self) -> None:
+        """Before the first line of the direction."""
+
+    def during(self, n: Any, compute: Callable[[], Any]) -> Any:
+        """compute(), which is the arithmetic of line n after its maps are read."""
+        return compute()
 
     def follow(self, before: "GivenMaps") -> None:
         """Is walked after another direction in the same kernel."""
@@ -121,11 +125,11 @@ class MadeMaps:
     """One direction of `Made` in a kernel. Attributes as of `GivenMaps`.
 
     Tensor cores work on 64 pixels: where lines are shorter, one product makes the maps of several. They are rounded to
-    16 bits as if they had been in memory, and lie in shared memory until the lines of the next product. The proxy of
-    two products is on its way while one is used.
+    16 bits as if they had been in memory, and lie in shared memory until the lines of the next product. Where a product
+    makes one line, and the kernel walks one direction, tensor cores work on the next line during the arithmetic of one.
     """
 
-    def __init__(self, maps: Made, walk: Pipeline, slot: int):
+    def __init__(self, maps: Made, walk: Pipeline, slot: int, alone: bool):
         tile, dtype, rank = walk.tile, maps.proxy.dtype, maps.proxy.shape[-1]
         self.walk, self.slot, self.maps = walk, slot, maps
         self.pixels = (walk.batch, walk.shape[1], walk.shape[2])
@@ -135,13 +139,14 @@ class MadeMaps:
         self.inputs = [maps.proxy, maps.up]
         self.columns = MAPS * tile.channels
         self.lines, self.rows = lines_of_product(tile), rows_of_product(tile)
+        self.overlaps = overlaps(tile, alone)
         # At most as many as a direction has, also where all four are walked in one kernel.
         self.stages = min(products_ahead(tile), -(-min(walk.lines, walk.length) // self.lines))
         swizzle = primitives.common_swizzle(rank, self.columns)
         self.scratch = [
             primitives.factor(self.rows, rank, swizzle, dtype, tile.warpgroups * self.stages),
             primitives.factor(rank, self.columns, swizzle, dtype, 1),
-            primitives.shared_memory((tile.warpgroups, self.rows, self.columns + SKEW), dtype),
+            primitives.shared_memory((tile.warpgroups, 1 + self.overlaps, self.rows, self.columns + SKEW), dtype),
             primitives.barriers(1, tile.warpgroups * self.stages),
             primitives.barriers(1),
         ]
@@ -161,15 +166,33 @@ class MadeMaps:
         self.products = jnp.where(walk.count > 0, self._sign * (last - self._first) + 1, 0)
 
     def start(self) -> None:
-        """Before the first line of the kernel."""
+        """Starts copies, before the first line of the kernel."""
         pl.when(self.walk.warpgroup == 0)(self._fetch_up)
         for k in range(self.stages):
             pl.when(k < self.products)(lambda k=k: self._fetch(k))
 
-    def finish(self) -> None:
-        """After the last line."""
-        # A launch without lines makes no product, and must not end before its copy.
-        pl.when(self.products == 0)(lambda: primitives.wait(self._up_arrived))
+    def prepare(self) -> None:
+        """Before the first line of the direction: waits for `up`, and makes the first line where the next overlap."""
+        primitives.wait(self._up_arrived)
+        if self.overlaps:
+
+            def first():
+                primitives.wait(self._arrived.at[self._slot(0)])
+                self._multiply(0)
+                primitives.commit()
+
+            pl.when(self.products > 0)(first)
+
+    def during(self, n: Any, compute: Callable[[], Any]) -> Any:
+        """compute(), which is the arithmetic of line n after its maps are read; beside it those of the next line."""
+        if not self.overlaps:
+            return compute()
+
+        # Slots were used by the line before, which ended with `commit`.
+        pl.when(n + self.stages < self.products)(lambda: self._fetch(n + self.stages))
+        pl.when(n + 1 < self.products)(lambda: primitives.wait(self._arrived.at[self._slot(n + 1)]))
+        # After the last line the product is of what an earlier one left, and nobody reads it.
+        return self._multiply(n + 1, compute)
 
     def follow(self, before: "MadeMaps") -> None:
         """Is walked after another direction in the same kernel, which starts the first copies of this one."""
@@ -183,13 +206,12 @@ class MadeMaps:
         """The maps of line n, after those of n - 1; the first of a product makes it."""
         walk, rows, channels = self.walk, self.walk.tile.rows, self.walk.tile.channels
         product = self._product(n)
-        make = lambda: self._make(self._sign * (product - self._first))  # noqa: E731
-        if self.lines == 1:
-            make()
-        else:
-            pl.when((n == 0) | (product != self._product(n - 1)))(make)
+        k = self._sign * (product - self._first)
+        if not self.overlaps:
+            is_first = (n == 0) | (product != self._product(n - 1))
+            pl.when((self.lines == 1) | is_first)(lambda: self._make(k))
         pixels = pl.ds((walk.line(n) - product * self.lines) * rows, rows)
-        maps = self._maps.at[walk.warpgroup, pixels]
+        maps = self._maps.at[walk.warpgroup, self._buffer(k), pixels]
         tiles = [primitives.load(maps.at[:, pl.ds(k * channels, channels)], is_part=True) for k in range(MAPS)]
         weights, kept = self.mix.weights(tiles[:SLOTS])
         lam, gate, skip = tiles[SLOTS:]
@@ -212,13 +234,17 @@ class MadeMaps:
         source = self._proxy.at[self.walk.image, pl.ds(start, self.rows)]
         primitives.fetch(source, self._proxies.at[self._slot(k)], self._arrived.at[self._slot(k)])
 
+    def _buffer(self, k: Any) -> Any:
+        return lax.rem(k, 2) if self.overlaps else 0
+
+    def _multiply(self, k: Any, meanwhile: Callable[[], Any] = lambda: None) -> Any:
+        maps = self._maps.at[self.walk.warpgroup, self._buffer(k), :, pl.ds(0, self.columns)]
+        return primitives.multiply(self._proxies.at[self._slot(k)], self._columns.at[0], maps, meanwhile)
+
     def _make(self, k: Any) -> None:
         slot, ahead = self._slot(k), k + self.stages
-        pl.when(k == 0)(lambda: primitives.wait(self._up_arrived))
         primitives.wait(self._arrived.at[slot])
-        columns = pl.ds(0, self.columns)
-        # All have read the maps of the product before: a line ends with `commit`.
-        primitives.multiply(self._proxies.at[slot], self._columns.at[0], self._maps.at[self.walk.warpgroup, :, columns])
+        self._multiply(k)  # all have read the maps of the product before: a line ends with `commit`
         primitives.commit()  # the maps are there, and no thread waits for the tensor cores to read
         pl.when(ahead < self.products)(lambda: self._fetch(ahead))
         following = self._following

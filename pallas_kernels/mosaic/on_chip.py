@@ -40,7 +40,7 @@ def propagate_forward(
     stages = min(walk.stages for walk in walks)
     for walk in walks:
         walk.stages = stages
-    sources = [of_direction.of(walk, d) for d, (of_direction, walk) in enumerate(zip(maps, walks, strict=True))]
+    sources = [of_direction.of(walk, d, alone=False) for d, (of_direction, walk) in enumerate(zip(maps, walks, strict=True))]
     inputs = list({id(array): array for source in sources for array in source.inputs}.values())
     state, rows, channels = StateLines(walks[0], 1), tile.rows, tile.channels
     last = len(DIRECTIONS) - 1
@@ -112,6 +112,7 @@ def propagate_forward(
             before = sum(other.lines for other in walks[:d])
             following = load(d + 1) if d < last else None
             same = primitives.zeros(rows, channels)
+            source.prepare()
             walk.walk(load(d), compute, store, arrived, None, same, before=before, following=following)
         primitives.wait_written()
 

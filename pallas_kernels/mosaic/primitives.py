@@ -123,19 +123,21 @@ def common_swizzle(*columns: int) -> int:
     return next(swizzle for swizzle in (128, 64, 32) if all(2 * count % swizzle == 0 for count in columns))
 
 
-def multiply(left: Any, right: Any, result: Any) -> None:
+def multiply(left: Any, right: Any, result: Any, meanwhile: Callable[[], Any] = lambda: None) -> Any:
     """result = left @ right of refs (64 n, k), (k, m) and (64 n, m): sums in float32, in the result's dtype.
 
-    The result is there for others after `commit`.
+    The result is there for others after `commit`, which must also come before either factor is overwritten. Tensor
+    cores work while `meanwhile()` runs, whose result is returned.
     """
-    shape = left.shape[0], right.shape[1]
 
     def product(sums):
         plgpu.wgmma(sums, left, right)
+        found = meanwhile()
         plgpu.wgmma_wait(0)
-        return sums[...]
+        result[...] = sums[...].astype(result.dtype)
+        return found
 
-    result[...] = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32)).astype(result.dtype)
+    return pl.run_scoped(product, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
 
 
 def fetch(source: Any, target: Any, barrier: Any) -> None:

@@ -69,7 +69,7 @@ def propagate_backward(
     """
     grad_x, of_merge, of_logits, of_maps = None, [], [], []
     for d, direction in enumerate(DIRECTIONS):
-        source = maps[d].of(Pipeline(x.shape, direction, chunk, tiles[d], reverse=True), d)
+        source = maps[d].of(Pipeline(x.shape, direction, chunk, tiles[d], reverse=True), d, alone=True)
         if source.mix.is_shared or not of_logits:
             of_logits.append(primitives.blank(source.gradients[0].shape, source.gradients[0].dtype, interpret))
         of_maps = of_maps or [primitives.blank(a.shape, a.dtype, interpret) for a in source.gradients[1:]]
@@ -125,7 +125,7 @@ def _direction_forward(
       keep: whether h is wanted.
     """
     walk = Pipeline(x.shape, DIRECTIONS[slot], chunk, tile, reverse=False)
-    state, source = StateLines(walk, 1), maps.of(walk, slot)
+    state, source = StateLines(walk, 1), maps.of(walk, slot, alone=True)
     rows, channels, warpgroups = tile.rows, tile.channels, tile.warpgroups
     tiles = [x, *([] if y is None else [y])]
 
@@ -154,12 +154,16 @@ def _direction_forward(
             read = source.read(n, at)
             smaller, larger = (primitives.load(lines.at[now, 0, state.rows(shift)]) for shift in (-1, 1))
             x_line, *before = (primitives.load(ring.at[own, at]) for ring in rings)
-            h, kept, part = advance(read, x_line, merge, (smaller, same, larger), x.dtype)
-            lines[1 - now, 0, state.rows()] = h
-            y_out[own, out] = sum(before, part).astype(dtype)
-            if keep:
-                h_out[own, out] = kept
-            return h
+
+            def arithmetic():
+                h, kept, part = advance(read, x_line, merge, (smaller, same, larger), x.dtype)
+                lines[1 - now, 0, state.rows()] = h
+                y_out[own, out] = sum(before, part).astype(dtype)
+                if keep:
+                    h_out[own, out] = kept
+                return h
+
+            return source.during(n, arithmetic)
 
         def store(n, out):
             walk.store(y_out.at[own, out], y_ref, n)
@@ -172,8 +176,8 @@ def _direction_forward(
         if tile.ghost:
             state.receive(lines, given, [(0, 0)], joint)
             same = primitives.load(lines.at[0, 0, state.rows()])
+        source.prepare()
         walk.walk(load, compute, store, arrived, joint, same)
-        source.finish()
         if tile.ghost:
             state.send(lines, [(lax.rem(walk.count, 2), 0)], passed)
         primitives.wait_written()
@@ -251,21 +255,26 @@ def _direction_backward(
             read = source.read(n, at)
             w = read.weights
             x_line, grad, h_line, *shares = (primitives.load(ring.at[own, at]) for ring in rings)
-            scaled = merge * grad
-            g = scaled * read.gate + same
-            g += primitives.load(lines.at[now, 0, state.rows(1)]) + primitives.load(lines.at[now, 1, state.rows(-1)])
-            lines[1 - now, 0, state.rows()] = w[0] * g
-            lines[1 - now, 1, state.rows()] = w[2] * g
 
-            before = walk.before(h_in.at[own, at], margin)
-            mix.write(w_out.at[own, out], mix.gradients([g * neighbour for neighbour in before], read.kept))
-            to_x, part = read.lam * g, read.gate * h_line
-            if read.skip is not None:
-                to_x, part = to_x + read.skip * scaled, part + read.skip * x_line
-            x_out[own, out] = sum(shares, to_x).astype(dtype)
-            for ref, value in zip(outs, (x_line * g, h_line * scaled, x_line * scaled), strict=False):
-                ref[own, out] = value.astype(ref.dtype)
-            return w[1] * g, of_merge + grad * part
+            def arithmetic():
+                scaled = merge * grad
+                g = scaled * read.gate + same
+                g += primitives.load(lines.at[now, 0, state.rows(1)])
+                g += primitives.load(lines.at[now, 1, state.rows(-1)])
+                lines[1 - now, 0, state.rows()] = w[0] * g
+                lines[1 - now, 1, state.rows()] = w[2] * g
+
+                before = walk.before(h_in.at[own, at], margin)
+                mix.write(w_out.at[own, out], mix.gradients([g * neighbour for neighbour in before], read.kept))
+                to_x, part = read.lam * g, read.gate * h_line
+                if read.skip is not None:
+                    to_x, part = to_x + read.skip * scaled, part + read.skip * x_line
+                x_out[own, out] = sum(shares, to_x).astype(dtype)
+                for ref, value in zip(outs, (x_line * g, h_line * scaled, x_line * scaled), strict=False):
+                    ref[own, out] = value.astype(ref.dtype)
+                return w[1] * g, of_merge + grad * part
+
+            return source.during(n, arithmetic)
 
         def store(n, out):
             walk.store(x_out.at[own, out], x_grad, n)
@@ -280,8 +289,8 @@ def _direction_backward(
             state.receive(lines, given, [(0, 0), (0, 1), (1, 0)], joint)
             same = primitives.load(lines.at[1, 0, state.rows()])
             primitives.commit()  # all have read it before the first line writes there
+        source.prepare()
         same, of_merge = walk.walk(load, compute, store, arrived, joint, (same, nothing))
-        source.finish()
         last = lax.rem(walk.count, 2)
         if tile.ghost:
             lines[1 - last, 0, state.rows()] = same

@@ -112,7 +112,8 @@ class Work:
         if self.rank:
             product = rows_of_product(tile)
             arrays += [tile.warpgroups * products_ahead(tile) * product * self.rank * 2, 2 * self.rank * MAPS * tile.channels]
-            arrays += [tile.warpgroups * product * (MAPS * tile.channels + SKEW) * 2]
+            buffers = tile.warpgroups * (1 + overlaps(tile, not self.resident))
+            arrays += [buffers * product * (MAPS * tile.channels + SKEW) * 2]
         if self.resident:
             arrays += [(self.resident - 4) * tile.rows * elements, 4 * tile.rows * elements]
         arrays += [tile.warpgroups * tile.stores * size for size in results] + [lines]
@@ -160,7 +161,10 @@ class Work:
         line, element = _REGISTERS[self.kernel]
         element += 4 * (self.kernel == "backward" and len(self.stores) > 3)  # as in propagation
         elements = max(1, tile.rows * tile.channels // 128)
-        return max(line + element * elements, line + elements + self._sums(tile) // 128)
+        sums = self._sums(tile) // 128
+        if overlaps(tile, not self.resident):
+            return line + element * elements + 5 * sums // 4
+        return max(line + element * elements, line + elements + sums)
 
     def _sums(self, tile: Tile) -> int:
         """Values of a product of tensor cores."""
@@ -189,11 +193,14 @@ class Work:
         instructions = fixed + each * elements / threads
         if elements // threads % 4:
             instructions *= 1.5  # vectors of less than 16 bytes
+        overlapping, tensor = overlaps(tile, not self.resident), 0
         moved, ahead = elements * sum(self.loads + self.stores), min(tile.stages, self.chunk)
         if self.rank:
             products = 1 / lines_of_product(tile)  # of a line
             instructions += products * _INSTRUCTIONS_OF_SUM * self._sums(tile) / 128
-            waits += products * (_WAITS_OF_PRODUCT + self._sums(tile) / _PRODUCT_ROWS * self.rank / _SUMS_OF_CYCLE)
+            tensor = products * self._sums(tile) / _PRODUCT_ROWS * self.rank / _SUMS_OF_CYCLE
+            product = products * _WAITS_OF_PRODUCT + tensor
+            waits += max(0, product - waits - _DEPENDENT * instructions) if overlapping else product
             moved += 2 * self.rank * tile.extent
             if self.resident:
                 ahead = lines_of_product(tile) * products_ahead(tile)
@@ -203,6 +210,7 @@ class Work:
             # Of rows of less than 32 bytes, whole sectors travel from the cache.
             active * moved * (1.5 if half_sectors else 1) / _BANDWIDTH,
             together * instructions / _CLOCK,  # a multiprocessor issues one instruction of a warpgroup in a cycle
+            together * tensor / _CLOCK,
             (waits + _DEPENDENT * instructions) / _CLOCK,
             _MEMORY / ahead,
         )
@@ -212,6 +220,12 @@ class Work:
 def lines_of_product(tile: Tile) -> int:
     """Lines whose maps one product of tensor cores makes."""
     return 1 if tile.ghost or tile.warpgroups > 1 else max(1, _PRODUCT_ROWS // tile.rows)
+
+
+def overlaps(tile: Tile, alone: bool) -> bool:
+    """Whether tensor cores make the maps of a line during the arithmetic of another; `alone`: in a kernel of one
+    direction."""
+    return alone and lines_of_product(tile) == 1
 
 
 def products_ahead(tile: Tile) -> int:
