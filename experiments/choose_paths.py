@@ -23,7 +23,6 @@ from experiments.kernel_shapes import LAYERS, KernelShape, select
 from pallas_kernels import UpProjection, propagate, propagate_low_rank
 from pallas_kernels.dispatch import PATHS
 from pallas_kernels.mosaic import card, paths
-from pallas_kernels.mosaic.operations import Kernels
 from pallas_kernels.up_projection import maps_of
 
 DTYPE = "bfloat16"
@@ -41,13 +40,13 @@ def work_of(shape: KernelShape) -> paths.Work:
 
 def estimate(shape: KernelShape) -> Times:
     """By the seconds of the planned tiles on an H200."""
-    work, kernels = work_of(shape), Kernels()
+    work = work_of(shape)
     elements = shape.batch * shape.height * shape.width * shape.channels
     times: Times = {name: {} for name in NAMES}
 
     def seconds(path: str, kernel: str) -> float | None:
         try:
-            forms = paths.forms(work, path, kernels, kernel).forms
+            forms = paths.forms(work, path, kernel=kernel).forms
         except ValueError:
             return None
         found = [form.work.seconds(form.tile, card.planned_for()) for form in forms]
@@ -89,7 +88,7 @@ def measure(shape: KernelShape, clock: str) -> Times:
 
     for path in PATHS:
         try:
-            paths.forms(work_of(shape), path, Kernels())
+            paths.forms(work_of(shape), path)
         except ValueError:
             continue
         run = functools.partial(propagate_low_rank, chunk=shape.chunk, implementation="mosaic", path=path)

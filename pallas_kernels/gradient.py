@@ -163,8 +163,8 @@ low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 def _low_rank_specs(call: Call, up: UpProjection) -> tuple:
     """Partition specs of x, proxy, up and merge."""
-    maps = PartitionSpec(None, None, call.axes.channel)
-    logits = PartitionSpec(None, None, None, None if call.axes.shares_weights else call.axes.channel)
+    maps: Any = PartitionSpec(None, None, call.axes.channel)
+    logits: Any = PartitionSpec(None, None, None, None if call.axes.shares_weights else call.axes.channel)
     of_up = UpProjection(logits, maps, maps, None if up.skip is None else maps)
     return call.axes.map_spec(4), PartitionSpec(call.axes.batch), of_up, PartitionSpec()
 

@@ -35,7 +35,8 @@ def propagate_low_rank(
       proxy: (B, H, W, S), any of these dtypes.
       up: `UpProjection`, taken in the proxy's dtype.
       merge, chunk, implementation, batch_axis, channel_axis: as in `propagate`.
-      path: of the Mosaic kernels, a name of `PATHS`; None for the cheapest by the table of `pallas_kernels.mosaic.paths`.
+      path: of the Mosaic kernels, a name of `pallas_kernels.dispatch.PATHS`; None for the cheapest by the table of
+        `pallas_kernels.mosaic.paths`.
 
     Returns:
       y, (B, H, W, C) in x's dtype.
@@ -68,7 +69,8 @@ def propagate_low_rank(
         axes=usable_axes(x.shape[0], x.shape[-1], up.logits.shape[-1], batch_axis, channel_axis),
         paths=choice.paths,
     )
-    x, proxy, merge, *projections = vary_alike(x, proxy, merge, *up)
+    arrays: Any = vary_alike(x, proxy, merge, *up)
+    x, proxy, merge, *projections = arrays
     return gradient.low_rank(call, x, proxy, UpProjection(*projections), merge)
 
 
@@ -81,7 +83,7 @@ def _checked(x: jax.Array, proxy: jax.Array, up: Any) -> UpProjection:
     if not isinstance(up, UpProjection):
         raise ValueError(f"up: expected an UpProjection, got {type(up).__name__}")
     rank, channels = proxy.shape[-1], x.shape[-1]
-    arrays = [None if array is None else jnp.asarray(array) for array in up]
+    arrays: list[Any] = [None if array is None else jnp.asarray(array) for array in up]
     for name, array in zip(up._fields, arrays, strict=True):
         if array is None:
             if name != "skip":
@@ -96,4 +98,5 @@ def _checked(x: jax.Array, proxy: jax.Array, up: Any) -> UpProjection:
         else:
             checks.check_shape(f"up.{name}", array, (rank, 4, channels), "(S, 4, C) with the proxy's S and x's C")
         checks.check_float(f"up.{name}", array)
-    return UpProjection(*(None if array is None else array.astype(proxy.dtype) for array in arrays))
+    cast: Any = (None if array is None else array.astype(proxy.dtype) for array in arrays)
+    return UpProjection(*cast)

@@ -20,11 +20,10 @@ class UpProjection(NamedTuple):
     skip: jax.Array | None
 
 
-def maps_of(proxy: jax.Array, up: UpProjection) -> tuple:
+def maps_of(proxy: jax.Array, up: UpProjection) -> tuple[jax.Array, Any, Any, Any]:
     """logits (B, H, W, 4, 3, C_w), lam, gate and skip (B, H, W, 4, C) of a proxy (B, H, W, S), in its dtype."""
-    return jnp.einsum("bhws,sdkc->bhwdkc", proxy, up.logits), *(
-        None if array is None else jnp.einsum("bhws,sdc->bhwdc", proxy, array) for array in up[1:]
-    )
+    lam, gate, skip = (None if array is None else jnp.einsum("bhws,sdc->bhwdc", proxy, array) for array in up[1:])
+    return jnp.einsum("bhws,sdkc->bhwdkc", proxy, up.logits), lam, gate, skip
 
 
 def gradients_of_maps(proxy: jax.Array, up: UpProjection, grads: tuple) -> tuple[jax.Array, UpProjection]:
@@ -34,9 +33,9 @@ def gradients_of_maps(proxy: jax.Array, up: UpProjection, grads: tuple) -> tuple
     """
     dtype = jnp.promote_types(proxy.dtype, jnp.float32)
     weight_channels, channels = up.logits.shape[-1], grads[0].shape[-1]
-    columns = [jnp.repeat(up.logits, channels // weight_channels, axis=-1), *up[1:]]
+    columns: list[Any] = [jnp.repeat(up.logits, channels // weight_channels, axis=-1), *up[1:]]
     of_proxy: Any = jnp.zeros(proxy.shape, dtype)
-    of_up = []
+    of_up: list[Any] = []
     for column, grad in zip(columns, grads, strict=True):
         if column is None:
             of_up.append(None)

@@ -106,11 +106,11 @@ class GSPNMixer(nnx.Module):
         logits = self.logits.kernel[...].astype(self.dtype).reshape(-1, 4, 3, self.weight_channels)
         logits = jnp.pad(logits, [(0, 0)] * 3 + [(0, pad_groups)])
         up = UpProjection(logits, *(columns(projection) for projection in (self.lam, self.gate, self.skip)))
-        x, merge, options = pad(x), self.merge[...], dict[str, Any](chunk=self.chunk, implementation=self.implementation)
+        options: Any = dict(chunk=self.chunk, implementation=self.implementation, path=self.path)
         if self.alignment == "aligned":
-            y = propagate_low_rank(x, proxy, up, merge, path=self.path, **options)
+            y = propagate_low_rank(pad(x), proxy, up, self.merge[...], **options)
         else:
-            y = propagate(x, *maps_of(proxy, up), merge, alignment=self.alignment, path=self.path, **options)
+            y = propagate(pad(x), *maps_of(proxy, up), self.merge[...], alignment=self.alignment, **options)
         y = self._unpad(y, groups, size)
         return y if self.expand is None else self.expand(y)
 

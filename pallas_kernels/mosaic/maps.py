@@ -133,7 +133,7 @@ class MadeMaps:
         tile, dtype, rank = walk.tile, maps.proxy.dtype, maps.proxy.shape[-1]
         self.walk, self.slot, self.maps = walk, slot, maps
         self.pixels = (walk.batch, walk.shape[1], walk.shape[2])
-        like = jax.ShapeDtypeStruct((*self.pixels, 4 * SLOTS, walk.channels), dtype)
+        like: Any = jax.ShapeDtypeStruct((*self.pixels, 4 * SLOTS, walk.channels), dtype)
         self.mix = Weights(walk, like, True, slot)
         self.has_skip, self.copies = maps.has_skip, 0
         self.inputs = [maps.proxy, maps.up]

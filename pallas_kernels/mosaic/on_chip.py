@@ -40,7 +40,9 @@ def propagate_forward(
     stages = min(walk.stages for walk in walks)
     for walk in walks:
         walk.stages = stages
-    sources = [of_direction.of(walk, d, alone=False) for d, (of_direction, walk) in enumerate(zip(maps, walks, strict=True))]
+    sources: list[Any] = [
+        of_direction.of(walk, d, alone=False) for d, (of_direction, walk) in enumerate(zip(maps, walks, strict=True))
+    ]
     inputs = list({id(array): array for source in sources for array in source.inputs}.values())
     state, rows, channels = StateLines(walks[0], 1), tile.rows, tile.channels
     last = len(DIRECTIONS) - 1
@@ -75,7 +77,7 @@ def propagate_forward(
 
         for d, (walk, source) in enumerate(zip(walks, sources, strict=True)):
             merge = merge_ref[walk.image, d]
-            restarts = chunk is not None and chunk < walk.lines
+            restarts = chunk if chunk is not None and chunk < walk.lines else 0
 
             def compute(n, at, out, now, same, d=d, walk=walk, source=source, merge=merge, restarts=restarts):
                 read = source.read(n, at)
@@ -83,7 +85,7 @@ def propagate_forward(
                 smaller, larger = (primitives.load(ref) for ref in shifted)
                 neighbours = smaller, same, larger
                 if restarts:
-                    goes_on = jnp.where(lax.rem(n, chunk) == 0, 0.0, 1.0)
+                    goes_on = jnp.where(lax.rem(n, restarts) == 0, 0.0, 1.0)
                     neighbours = [goes_on * neighbour for neighbour in neighbours]
                 x_line, y_line = (
                     ref.at[walk.line(n)] if walk.axis == 1 else ref.at[:, walk.line(n)] for ref in (x_map, y_map)

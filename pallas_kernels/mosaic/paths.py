@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.dispatch import Paths
-from pallas_kernels.mosaic.operations import GivenForms, Kernels, MadeForms
+from pallas_kernels.mosaic.forms import GivenForms, MadeForms
 from pallas_kernels.up_projection import UpProjection
 
 TABLE = pathlib.Path(__file__).with_name("paths.json")
@@ -38,17 +38,16 @@ def choose(work: Work, path: str | None, is_interpreted: bool = False) -> Paths:
     Raises:
       ValueError: `path` is on chip and the map is too large for it.
     """
-    kernels = Kernels(interpret=is_interpreted)
     if path is not None:
         if path.endswith(ON_CHIP):
-            _ = forms(work, path, kernels)  # which raises
+            _ = forms(work, path, is_interpreted)  # which raises
         return Paths(path, path, path.removesuffix(ON_CHIP))
     row = nearest(work)
     prefix = "" if work.rank else "given_"
 
     def possible(name: str) -> str:
         try:
-            _ = forms(work, name, kernels)
+            _ = forms(work, name, is_interpreted)
             return name
         except ValueError:  # a map like that of the row, but larger
             return name.removesuffix(ON_CHIP)
@@ -57,7 +56,7 @@ def choose(work: Work, path: str | None, is_interpreted: bool = False) -> Paths:
     return Paths(possible(row[prefix + "inference"]), possible(row[prefix + "training"]), backward)
 
 
-def forms(work: Work, path: str, kernels: Kernels, kernel: str = "forward") -> GivenForms | MadeForms:
+def forms(work: Work, path: str, is_interpreted: bool = False, kernel: str = "forward") -> GivenForms | MadeForms:
     """How the kernels of `path` cut the map.
 
     Raises:
@@ -65,11 +64,11 @@ def forms(work: Work, path: str, kernels: Kernels, kernel: str = "forward") -> G
     """
     *pixels, channels = work.shape
     x = jax.ShapeDtypeStruct(work.shape, work.dtype)
-    options: Any = dict(chunk=work.chunk, on_chip=path.endswith(ON_CHIP), kernels=kernels)
+    options: Any = dict(chunk=work.chunk, on_chip=path.endswith(ON_CHIP), interpret=is_interpreted)
     if path.startswith("low_rank"):
         proxy = jax.ShapeDtypeStruct((*pixels, work.rank), work.dtype)
-        of_maps = jax.ShapeDtypeStruct((work.rank, 4, channels), work.dtype)
-        logits = jax.ShapeDtypeStruct((work.rank, 4, 3, work.weight_channels), work.dtype)
+        of_maps: Any = jax.ShapeDtypeStruct((work.rank, 4, channels), work.dtype)
+        logits: Any = jax.ShapeDtypeStruct((work.rank, 4, 3, work.weight_channels), work.dtype)
         return MadeForms(kernel, x, proxy, UpProjection(logits, of_maps, of_maps, of_maps), **options)
     logits = jax.ShapeDtypeStruct((*pixels, 4, 3, work.weight_channels), work.dtype)
     maps = [jax.ShapeDtypeStruct((*pixels, 4, channels), work.dtype)] * 3

@@ -114,12 +114,14 @@ def meet(barrier: Any) -> None:
 def factor(rows: int, columns: int, swizzle: int, dtype: Any, copies: int) -> Any:
     """Shared memory for `copies` factors of matrix products, in the order that tensor cores read; 16-bit dtypes."""
     size = jnp.dtype(dtype).itemsize
-    tiling, swizzled = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
-    return plgpu.SMEM((copies, rows, columns), dtype, transforms=(tiling, swizzled))
+    tiling: Any = plgpu.TilingTransform
+    swizzled: Any = plgpu.SwizzleTransform
+    transforms = tiling((8, swizzle // size)), swizzled(swizzle)
+    return plgpu.SMEM((copies, rows, columns), dtype, transforms=transforms)
 
 
 def common_swizzle(*columns: int) -> int:
-    """Bytes after which the order of both factors of a product repeats; their columns, of 16 bits, in multiples of 16."""
+    """Bytes after which the order of both factors of a product repeats; their 16-bit columns in multiples of 16."""
     return next(swizzle for swizzle in (128, 64, 32) if all(2 * count % swizzle == 0 for count in columns))
 
 
@@ -137,7 +139,8 @@ def multiply(left: Any, right: Any, result: Any, meanwhile: Callable[[], Any] = 
         result[...] = sums[...].astype(result.dtype)
         return found
 
-    return pl.run_scoped(product, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+    sums: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+    return pl.run_scoped(product, sums((left.shape[0], right.shape[1]), jnp.float32))
 
 
 def fetch(source: Any, target: Any, barrier: Any) -> None:

@@ -111,7 +111,10 @@ class Work:
         arrays = [tile.warpgroups * stages * size for size in rings]
         if self.rank:
             product = rows_of_product(tile)
-            arrays += [tile.warpgroups * products_ahead(tile) * product * self.rank * 2, 2 * self.rank * MAPS * tile.channels]
+            arrays += [
+                tile.warpgroups * products_ahead(tile) * product * self.rank * 2,
+                2 * self.rank * MAPS * tile.channels,
+            ]
             buffers = tile.warpgroups * (1 + overlaps(tile, not self.resident))
             arrays += [buffers * product * (MAPS * tile.channels + SKEW) * 2]
         if self.resident:
@@ -243,7 +246,11 @@ def candidates(work: Work, card: Card, most_warpgroups: int = 4) -> list[Tile]:
     tiles = (
         Tile(channels, rows, warpgroups, stages, stores, ghost)
         for channels, rows, warpgroups, stages, stores, ghost in itertools.product(
-            (8, 16, 32, 64), (8, 16, 24, 32, 48, 64, 96, 128, 192), (1, 2, 3, 4), (1, 2, 3, 4, 6), (1, 2),
+            (8, 16, 32, 64),
+            (8, 16, 24, 32, 48, 64, 96, 128, 192),
+            (1, 2, 3, 4),
+            (1, 2, 3, 4, 6),
+            (1, 2),
             (0, 16, 32, 64),
         )
         if warpgroups <= most_warpgroups and (stages > 1 or (work.rank and work.resident))
