@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import deviceless
-from pallas_kernels import propagate
+from pallas_kernels import UpProjection, propagate, propagate_low_rank
 from pallas_kernels.mosaic import forms
 from pallas_kernels.mosaic.tiles import Tile, plan
 from tests.pallas_kernels.mosaic import cases, propagation_cases
@@ -92,3 +92,20 @@ def test_a_state_of_ones_stays_one_in_every_direction(planned, path):
     y = propagate(x, *arrays, jnp.ones(4), implementation="mosaic_interpret", path=path)
     assert np.all(np.asarray(y) == 4)
     assert len(others) < 8
+
+
+@pytest.mark.parametrize("path", ["low_rank", "low_rank_on_chip"])
+def test_a_state_of_ones_stays_one_where_tensor_cores_make_the_maps(path):
+    """As above; the proxy says on which line a direction starts, and the rest of it what its logits are."""
+    rng = np.random.default_rng(14)
+    proxy = rng.normal(0, 3, (1, 12, 12, 16))
+    proxy[..., :5] = [0, 0, 0, 0, 1]
+    proxy[:, :, 0, 0] = proxy[:, 0, :, 1] = proxy[:, :, -1, 2] = proxy[:, -1, :, 3] = 1
+    up = [np.zeros((16, 4, 3, 8)), np.zeros((16, 4, 8)), np.zeros((16, 4, 8))]
+    up[0][5:] = rng.normal(size=up[0][5:].shape)
+    for d in range(4):
+        up[1][d, d] = up[2][4, d] = 1
+    up = UpProjection(*(jnp.asarray(array, jnp.bfloat16) for array in up), None)
+    inputs = jnp.ones((1, 12, 12, 8), jnp.float32), jnp.asarray(proxy, jnp.bfloat16), up, jnp.ones(4)
+    y = propagate_low_rank(*inputs, implementation="mosaic_interpret", path=path)
+    assert np.all(np.asarray(y) == 4)
