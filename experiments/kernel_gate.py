@@ -72,7 +72,7 @@ def check(
     )
     reference = _reference(case.contender.operation, case.direction, case.chunk)
     names = ("h", "gradient of x", "gradient of weights", "gradient of lam")
-    errors = dict(zip(names, reference(x, weights, lam, grad_h, got), strict=True))
+    errors: dict[str, jax.Array] = dict(zip(names, reference(x, weights, lam, grad_h, got), strict=True))
     return judge(errors, dict.fromkeys(names, tolerance), checked)
 
 
