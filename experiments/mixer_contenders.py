@@ -199,25 +199,29 @@ def reason_against(contender: Contender, shape: KernelShape, scope: str, pass_: 
     return None
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _parameters(key: jax.Array, sizes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    """Of variance 1 / fan in, which is the first axis; drawn in one program, since each takes long to compile."""
+    pairs = zip(jax.random.split(key, len(sizes)), sizes, strict=True)
+    return [(jax.random.normal(one, size) * size[0] ** -0.5).astype(DTYPE) for one, size in pairs]
+
+
 def draw_inputs(contender: Contender, shape: KernelShape, scope: str, key: jax.Array) -> tuple[Any, ...]:
-    """What `bind` takes and, last, a gradient of the result. Parameters of variance 1 / fan in, the rest of 1."""
+    """What `bind` takes and, last, a gradient of the result. Parameters have variance 1 / fan in, the rest 1."""
     keys = iter(jax.random.split(key, 20))
     pixels = shape.batch, shape.height, shape.width
 
     def draw(*size: int) -> jax.Array:
         return kernel_contenders.normal(next(keys), size, DTYPE)
 
-    def parameter(like: Any) -> jax.Array:
-        return draw(1, *like.shape)[0] * jnp.asarray(like.shape[0] ** -0.5, DTYPE)
-
     x, grad = draw(*pixels, shape.channels), draw(*pixels, shape.channels)
     if scope == "mixer":
-        return jax.tree.map(parameter, build(contender, shape)[1]), x, grad
+        leaves, tree = jax.tree.flatten(build(contender, shape)[1])
+        return tree.unflatten(_parameters(next(keys), tuple(leaf.shape for leaf in leaves))), x, grad
     merge = draw(1, 4)[0]
     if scope == "proxy":
-        sizes = [(4, 3, shape.weight_channels), *[(4, shape.channels)] * 3]
-        up = UpProjection(*(draw(shape.rank, *size) * jnp.asarray(shape.rank**-0.5, DTYPE) for size in sizes))
-        return x, draw(*pixels, shape.rank), up, merge, grad
+        sizes = (shape.rank, 4, 3, shape.weight_channels), *[(shape.rank, 4, shape.channels)] * 3
+        return x, draw(*pixels, shape.rank), UpProjection(*_parameters(next(keys), sizes)), merge, grad
     parts = 1 if contender.kind == "gspn" else 4
     each = 4 // parts
     maps = [
