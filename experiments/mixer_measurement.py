@@ -129,8 +129,10 @@ def compare(case: Case, program: Callable[..., Any], given: tuple[Any, ...]) -> 
         found = cut(found)
     reference = _reference(shape, channels, case.pass_)
     errors = reference((parameters, x[-images:], *map(cut, grad)), found)
-    # A gradient passes one rounding more than the result: of the propagation's part, and of the sum.
-    tolerances = {name: TOLERANCES[DTYPE] * (1 if name == "y" else 2) for name in errors}
+    # A gradient passes one rounding more than the result. In separate passes that of each h is rounded besides, from
+    # which the proxy's parameters take the largest error: 1.2e-2 by lax.scan, at 24 x 24 pixels and 64 channels.
+    more = 5 if case.contender.kind == "separate" else 2
+    tolerances = {name: TOLERANCES[DTYPE] * (1 if name == "y" else more) for name in errors}
     return judge(errors, tolerances, checked)
 
 
