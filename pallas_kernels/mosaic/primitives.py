@@ -238,7 +238,8 @@ def interpreted(function: Callable[..., Any], *arrays: jax.Array) -> Any:
         with _one_at_a_time:
             _RecordedRaces.seen.clear()
             try:
-                with jax.enable_x64(False):
+                # A caller who forbids transfers to devices means the program's, not the interpreter's.
+                with jax.enable_x64(False), jax.transfer_guard("allow"):
                     results = jax.tree.map(np.asarray, jax.jit(function)(*arrays))
             except Exception:
                 gpu_callbacks.reset_gpu_interpret_mode_state()

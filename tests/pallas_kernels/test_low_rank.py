@@ -22,7 +22,8 @@ def draw(shape=SHAPE, rank=RANK, weight_channels=None, seed=0, dtype: Any = np.f
     rng = np.random.default_rng(seed)
     channels = shape[-1]
     sizes = (4, 3, weight_channels or channels), *[(4, channels)] * 3
-    up = UpProjection(*(rng.normal(0, rank**-0.5, (rank, *size)).astype(dtype) for size in sizes))
+    columns: Any = [rng.normal(0, rank**-0.5, (rank, *size)).astype(dtype) for size in sizes]
+    up = UpProjection(*columns)
     up = up if skip else up._replace(skip=None)
     x, proxy, merge = rng.normal(size=shape), rng.normal(size=(*shape[:3], rank)), rng.normal(size=4)
     return [x.astype(dtype), proxy.astype(dtype), up, merge.astype(np.float32 if dtype != np.float64 else dtype)]
@@ -34,10 +35,11 @@ UP = draw(dtype=np.float32)[2]
 @pytest.mark.parametrize("weight_channels,chunk,skip", [(4, None, True), (1, 2, False), (2, 3, True)])
 def test_agrees_with_a_loop_over_pixels(weight_channels, chunk, skip):
     x, proxy, up, merge = draw(weight_channels=weight_channels, skip=skip)
-    maps = [None if columns is None else np.tensordot(proxy, columns, 1) for columns in up]
+    maps: Any = [None if columns is None else np.tensordot(proxy, columns, 1) for columns in up]
+    logits, lam, gate, through = maps
     with jax.enable_x64(True):
         y = propagate_low_rank(x, proxy, up, merge, chunk=chunk)
-        assert_close(y, numpy_scan.propagate(x, *maps, merge, chunk=chunk))
+        assert_close(y, numpy_scan.propagate(x, logits, lam, gate, through, merge, chunk=chunk))
 
 
 @pytest.mark.parametrize("skip", [True, False])

@@ -105,7 +105,8 @@ def test_a_state_of_ones_stays_one_where_tensor_cores_make_the_maps(path):
     up[0][5:] = rng.normal(size=up[0][5:].shape)
     for d in range(4):
         up[1][d, d] = up[2][4, d] = 1
-    up = UpProjection(*(jnp.asarray(array, jnp.bfloat16) for array in up), None)
+    logits, lam, gate = (jnp.asarray(array, jnp.bfloat16) for array in up)
+    up = UpProjection(logits, lam, gate, None)
     inputs = jnp.ones((1, 12, 12, 8), jnp.float32), jnp.asarray(proxy, jnp.bfloat16), up, jnp.ones(4)
     y = propagate_low_rank(*inputs, implementation="mosaic_interpret", path=path)
     assert np.all(np.asarray(y) == 4)
