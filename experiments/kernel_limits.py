@@ -73,7 +73,8 @@ class Walk:
         """
         tile, rank = self.form.tile, self.form.work.rank
         proxy = 2 * rank * self.products * rows_of_product(tile) / (tile.rows * tile.channels)
-        up = 2 * rank * MAPS / (min(self.pipeline.chunk, self.pipeline.lines) * tile.extent)
+        lines = min(self.pipeline.chunk, tile.ghost or self.pipeline.chunk)  # of a launch
+        up = 2 * rank * MAPS / (lines * tile.extent)
         return moved + proxy + up
 
 

@@ -44,8 +44,8 @@ NOTE = (
     "nothing leaves the columns empty. computed_per_element: with padding and ghost zones. bytes are the least that "
     "the operation moves. The columns in microseconds are arithmetic with nominal rates: how long each unit alone "
     "would work for the whole operation if every launch of it were the row's kernel; limited_by names the slowest. "
-    "temporary_bytes are those of the whole program: what it pads and lays out for "
-    "the kernel, and the state that launches hand on."
+    "temporary_bytes are those of the whole program: what it pads and lays out for the kernel, and the state that "
+    "launches hand on."
 )
 RATES = (
     f"{kernel_limits.COPY_BANDWIDTH / 1e12} TB/s of memory, about that of a copy on the card; "
