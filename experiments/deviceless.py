@@ -11,6 +11,7 @@ process while it compiles: one call at a time.
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -28,6 +29,7 @@ from jax._src.lib import mosaic_gpu_dialect  # pyright: ignore[reportPrivateImpo
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax.experimental import topologies
 
+from experiments import machine_code
 from pallas_kernels.mosaic import card
 
 REQUIREMENTS = "requirements-gpu-compile.txt"
@@ -39,8 +41,6 @@ _RESERVED_SHARED_MEMORY = 1024  # bytes that the driver takes of every CTA
 _REGISTERS_PER_QUARTER = 16384  # a multiprocessor has four, and a warp lives in one of them
 _THREADS_PER_MULTIPROCESSOR = 2048
 _CTAS_PER_MULTIPROCESSOR = 32
-# Copies from shared to device memory by TMA; UBLKCP moves one contiguous piece, in either direction.
-_STORES = ("UTMASTG", "UBLKCP.G.S")
 
 # What XLA asks of a card, as an H200 answers it.
 _TARGET = f"""
@@ -93,7 +93,8 @@ class Kernel:
     stack_bytes: int  # of a thread
     shared_memory: int  # bytes of a CTA, buffers and barriers and the assembler's own
     opcodes: Mapping[str, int]  # of the whole kernel, with their modifiers: UTMALDG.4D, LDS.128
-    loop_opcodes: Mapping[str, int]  # of the smallest loop that stores results by TMA; empty without one
+    loop_opcodes: Mapping[str, int]  # of the innermost loops that store results by TMA; empty without one
+    product_opcodes: Mapping[str, int]  # of these, the part with tensor cores, where a branch may skip it
 
     @property
     def ctas(self) -> int:
@@ -117,7 +118,10 @@ class Kernel:
 
     @property
     def groups_of_loop(self) -> int:
-        """Groups of TMA stores that one round of the loop closes: more than the source says where it is unrolled."""
+        """Groups of TMA stores that one round of all loops closes: the lines that `loop_opcodes` are for.
+
+        More than the source says where a loop is unrolled.
+        """
         return self.loop_opcodes.get("UTMACMDFLUSH", 0)
 
     def count(self, opcode: str) -> int:
@@ -135,12 +139,17 @@ class Compilation:
 
 def missing() -> str | None:
     """Why nothing can be compiled for an H200 here, or None if it can."""
-    installed = {dist.metadata["Name"].lower().replace("_", "-") for dist in importlib.metadata.distributions()}
-    absent = [name for name in ("jax-cuda13-plugin", "jax-cuda13-pjrt") if name not in installed]
+    absent = [name for name in ("jax-cuda13-plugin", "jax-cuda13-pjrt") if name not in _installed()]
     absent += [name for name in ("ptxas", "nvdisasm") if not _tool(name).exists()]
     if absent:
         return f"{', '.join(absent)} missing here: pip install --no-deps -r {REQUIREMENTS}"
     return None
+
+
+@functools.cache
+def _installed() -> frozenset[str]:
+    names = (dist.metadata["Name"] for dist in importlib.metadata.distributions())
+    return frozenset(name.lower().replace("_", "-") for name in names)
 
 
 def assembler_version() -> str:
@@ -226,23 +235,34 @@ def _launches(program: str | None) -> list[Launch]:
     """The launches of Mosaic kernels in a program's text, StableHLO or optimised HLO. Each call carries its module."""
     calls = [line for line in (program or "").split("\n") if "mosaic_gpu_v2" in line and "module = " in line]
     modules = [re.findall(r'module = "((?:[^"\\]|\\.)*)"', call)[-1] for call in calls]
-    read = {module: _read_launch(_unescape(module)) for module in set(modules)}
-    return [read[module] for module in modules]
+    return [_read_launch(module) for module in modules]
 
 
 def _unescape(text: str) -> bytes:
     """The bytes of an attribute that MLIR printed: a backslash is doubled, or leads two hexadecimal digits."""
-    decoded = re.sub(r"\\(\\|[0-9A-Fa-f]{2})", lambda m: "\\" if m[1] == "\\" else chr(int(m[1], 16)), text)
-    return decoded.encode("latin-1")
+
+    def decoded(found: re.Match[str]) -> str:
+        return bytes.fromhex(found[1].replace("\\", "")).decode("latin-1") if found[1] else "\\"
+
+    return re.sub(r"\\\\|((?:\\[0-9A-Fa-f]{2})+)", decoded, text).encode("latin-1")
 
 
-def _read_launch(module_bytes: bytes) -> Launch:
+@functools.lru_cache(maxsize=16)  # the same modules are in a program before it is compiled and after
+def _read_launch(text: str) -> Launch:
+    """Of a module, as an attribute of a call holds it."""
     with mlir.make_ir_context() as context:
         context.allow_unregistered_dialects = True
         mosaic_gpu_dialect.register_dialect(context)
-        module = ir.Module.parse(module_bytes)
+        module = ir.Module.parse(_unescape(text))
         attributes = module.operation.attributes
-        launch = next(op for op in _operations(module.operation) if op.name.endswith("gpu.launch"))
+        launches: list[Any] = []
+
+        def visit(operation: Any) -> Any:
+            launches.extend([operation] if operation.name.endswith("gpu.launch") else [])
+            return ir.WalkResult.ADVANCE
+
+        module.operation.walk(visit)
+        (launch,) = launches
         # Operands: a token, the grid, the block, the cluster where there is one, the dynamic shared memory.
         x, y, z, *block = (_constant(operand) for operand in list(launch.operands)[1:7])
         return Launch(
@@ -254,14 +274,6 @@ def _read_launch(module_bytes: bytes) -> Launch:
         )
 
 
-def _operations(operation: Any) -> Iterator[Any]:
-    for region in operation.regions:
-        for block in region.blocks:
-            for inner in block.operations:
-                yield inner.operation
-                yield from _operations(inner.operation)
-
-
 def _constant(value: Any) -> int:
     return ir.IntegerAttr(value.owner.attributes["value"]).value
 
@@ -269,8 +281,8 @@ def _constant(value: Any) -> int:
 def _kernel(launch: Launch, reports: pathlib.Path) -> Kernel:
     try:
         assembler = (reports / f"{launch.module}.ptxas").read_text()
-        machine_code = (reports / f"{launch.module}.sass_ctrl").read_text()
-        opcodes, loop_opcodes = count_opcodes(machine_code)
+        disassembly = (reports / f"{launch.module}.sass_ctrl").read_text()
+        opcodes = machine_code.count_opcodes(disassembly)
         return Kernel(
             name=launch.name,
             grid=launch.grid,
@@ -280,8 +292,9 @@ def _kernel(launch: Launch, reports: pathlib.Path) -> Kernel:
             + _number(r"(\d+) bytes spill loads", assembler),
             stack_bytes=_number(r"(\d+) bytes stack frame", assembler),
             shared_memory=launch.dynamic_shared_memory + _number(r"(\d+) bytes smem", assembler, default=0),
-            opcodes=opcodes,
-            loop_opcodes=loop_opcodes,
+            opcodes=opcodes.whole,
+            loop_opcodes=opcodes.loop,
+            product_opcodes=opcodes.product,
         )
     except (OSError, LookupError) as error:
         raise RuntimeError(f"{launch.name}: the reports of this version of Mosaic are other ones: {error}") from error
@@ -292,26 +305,3 @@ def _number(pattern: str, text: str, default: int | None = None) -> int:
     if found is None and default is None:
         raise LookupError(f"no {pattern!r} in the assembler's report")
     return int(found[1]) if found is not None else int(default or 0)
-
-
-def count_opcodes(machine_code: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Opcodes of a kernel, as nvdisasm prints it, and of its smallest loop that stores to memory by TMA.
-
-    A loop is what lies between a branch backwards and its target. The assembler moves rare paths, such as a wait that
-    is not over at once, behind the end of the kernel: they jump back as well, over EXIT, and are no part of a loop.
-    """
-    labels: dict[str, int] = {}
-    code: list[str] = []
-    branches: list[tuple[int, str]] = []
-    for line in machine_code.splitlines():
-        if label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            if found[1].startswith("BRA") and (target := re.search(r"\((\.L_\w+)\)", found[2])):
-                branches.append((len(code), target[1]))
-            code.append(found[1])
-    if not code:
-        raise LookupError("no instruction in the disassembly")
-    loops = [code[labels[target] : at + 1] for at, target in branches if labels.get(target, len(code)) <= at]
-    storing = [loop for loop in loops if "EXIT" not in loop and any(opcode.startswith(_STORES) for opcode in loop)]
-    return dict(collections.Counter(code)), dict(collections.Counter(min(storing, key=len, default=[])))

@@ -2,9 +2,10 @@
 
     python -m experiments.kernel_report --only=gspn_t --out=experiments/results
 
-Writes kernel_report.md and kernel_report.csv, a row for each kernel: its tile, registers, shared memory, CTAs, and the
-instructions in its machine code. Needs requirements-gpu-compile.txt and no GPU; about a second a row. Exit code 1 if a
-kernel does not compile, spills registers or asks for more shared memory than there is. No column is a measured time.
+Writes kernel_report.md and kernel_report.csv, a row for each kernel: its tile, registers, shared memory, CTAs, the
+instructions in its machine code, and the unit of the card that they keep busy longest. Needs
+requirements-gpu-compile.txt and no GPU; a second or two a row. Exit code 1 if a kernel does not compile, spills
+registers or asks for more shared memory than there is. No column is a measured time.
 """
 
 import csv
@@ -13,36 +14,53 @@ import functools
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import command_line, deviceless, provenance
+from experiments import command_line, deviceless, kernel_limits, machine_code, provenance
 from experiments.kernel_contenders import bytes_moved
-from experiments.kernel_shapes import LAYERS, SHAPES, KernelShape
+from experiments.kernel_limits import Moved, Walk
+from experiments.kernel_shapes import LARGER, LAYERS, SHAPES, KernelShape
 from pallas_kernels import DIRECTIONS
-from pallas_kernels.mosaic import operations, paths, tiles
+from pallas_kernels.dispatch import PATHS
+from pallas_kernels.mosaic import operations, paths, primitives
 from pallas_kernels.mosaic.forms import Form
+from pallas_kernels.mosaic.tiles import MAPS
+from pallas_kernels.up_projection import UpProjection
 
-COPY_BANDWIDTH = 4.3e12  # bytes a second that a copy reads and writes on an H200; its data sheet says 4.8e12
 PASSES = ("forward", "backward")
 OPERATIONS = ("from_logits", "from_weights")  # of one direction
-PROPAGATION, ALL_DIRECTIONS = "propagate", "all"
+ALL_DIRECTIONS = "all"
 DTYPES = ("bfloat16", "float16", "float32")
 NOTE = (
-    "Nothing here was executed. Registers, spills, stack and shared memory are the assembler's; instructions per "
-    "element are those in the text of the line loop, an estimate of what a thread issues for an element: rare paths "
-    "lie outside of the loop, copies that are skipped count. limit_us is the time in which a copy would move the "
-    "bytes that the operation must move: no prediction. temporary_bytes are those of the whole program: what it pads "
-    "and lays out for the kernel, and the state that launches hand on."
+    "Nothing here was executed, and no time here was measured. Registers, spills, stack and shared memory are the "
+    "assembler's. What is per element is what a thread issues for a pixel and channel that it computes in one "
+    "direction, by the text of the line loop: rare paths lie outside of the loop, copies that are skipped count; the "
+    "product of tensor cores counts once in as many lines as it makes maps for; a loop that the assembler unrolled to "
+    "nothing leaves the columns empty. computed_per_element: with padding and ghost zones. bytes are the least that "
+    "the operation moves. The columns in microseconds are arithmetic with nominal rates: how long each unit alone "
+    "would work for the whole operation if every launch of it were the row's kernel; limited_by names the slowest. "
+    "temporary_bytes are those of the whole program: what it pads and lays out for the kernel, and the state that "
+    "launches hand on."
+)
+RATES = (
+    f"{kernel_limits.COPY_BANDWIDTH / 1e12} TB/s of memory, about that of a copy on the card; "
+    f"{kernel_limits.TENSOR_FLOPS / 1e12:.0f} Tflop/s of tensor cores; {deviceless.MULTIPROCESSORS} multiprocessors at "
+    f"{kernel_limits.CLOCK / 1e9} GHz, each with {kernel_limits.ISSUE_LANES // 32} instructions of a warp, "
+    f"{kernel_limits.FLOATING_POINT_LANES} floating-point operations, {kernel_limits.SPECIAL_FUNCTION_LANES} special "
+    f"functions and {kernel_limits.SHARED_MEMORY_BYTES} bytes of shared memory a cycle"
 )
 COLUMNS = (
-    "shape", "batch", "height", "width", "channels", "weight_channels", "chunk", "direction", "pass", "operation",
-    "dtype", "kernel", "tile", "registers", "spill_bytes", "stack_bytes", "shared_memory", "ctas", "threads",
-    "ctas_per_multiprocessor", "instructions_per_element", "tma_loads", "temporary_bytes", "bytes", "limit_us", "fault",
+    "shape", "batch", "height", "width", "channels", "weight_channels", "chunk", "rank", "direction", "pass",
+    "operation", "dtype", "kernel", "tile", "registers", "spill_bytes", "stack_bytes", "shared_memory", "ctas",
+    "threads", "ctas_per_multiprocessor", "computed_per_element", "instructions_per_element",
+    "floating_point_per_element", "special_functions_per_element", "shared_memory_bytes_per_element", "tma_loads",
+    "temporary_bytes", "bytes", "bytes_per_element", *(f"{unit}_us" for unit in kernel_limits.UNITS), "limited_by",
+    "fault",
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -60,11 +78,11 @@ class Case(NamedTuple):
         return " ".join((self.shape.name, *self[1:]))
 
 
-def bind(case: Case) -> tuple[Callable[..., Any], list[Any], list[tiles.Tile]]:
-    """What is compiled, its arguments and the tiles that it takes: the one place that knows how kernels are called."""
-    shape, dtype = case.shape, jnp.dtype(case.dtype)
-    if case.operation == PROPAGATION:
+def bind(case: Case) -> tuple[Callable[..., Any], list[Any], list[Walk]]:
+    """What is compiled, its arguments and the walk of each direction: the place that knows how kernels are called."""
+    if case.operation in PATHS:
         return _bind_propagation(case)
+    shape, dtype = case.shape, jnp.dtype(case.dtype)
     from_logits = case.operation == "from_logits"
     maps = (shape.batch, shape.height, shape.width, shape.channels)
     x = jax.ShapeDtypeStruct(maps, dtype)
@@ -77,51 +95,90 @@ def bind(case: Case) -> tuple[Callable[..., Any], list[Any], list[tiles.Tile]]:
     with deviceless.h200():
         form = Form(case.pass_, x, weights, loads, stores, case.direction, shape.chunk, None, False)
     options = dict(direction=case.direction, chunk=shape.chunk, from_logits=from_logits)
-    return functools.partial(function, **options), arguments, [form.tile]
+    walks = [Walk.of(form, shape.height, shape.width, False)]
+    return functools.partial(function, **options), arguments, walks
 
 
-def _bind_propagation(case: Case) -> tuple[Callable[..., Any], list[Any], list[tiles.Tile]]:
+def _bind_propagation(case: Case) -> tuple[Callable[..., Any], list[Any], list[Walk]]:
     """Four directions with gate and skip; forward without the four h, as in inference."""
-    shape, dtype = case.shape, jnp.dtype(case.dtype)
+    shape, path, is_forward = case.shape, case.operation, case.pass_ == "forward"
     pixels = (shape.batch, shape.height, shape.width)
-    x = jax.ShapeDtypeStruct((*pixels, shape.channels), dtype)
-    logits = jax.ShapeDtypeStruct((*pixels, 4, 3, shape.weight_channels), dtype)
-    maps = [jax.ShapeDtypeStruct((*pixels, 4, shape.channels), dtype)] * 3
-    arguments = [x, logits, *maps, jax.ShapeDtypeStruct((4,), jnp.float32)]
+
+    def array(*axes: int, dtype: Any = case.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(axes, dtype)
+
+    x, merge = array(*pixels, shape.channels), array(4, dtype=jnp.float32)
     kernels, options = operations.Kernels(), dict[str, Any](chunk=shape.chunk)
-    with deviceless.h200():
-        work = paths.Work((*pixels, shape.channels), case.dtype, shape.weight_channels, shape.chunk)
-        forms = paths.forms(work, "fused", kernel=case.pass_).forms
-    if case.pass_ == "forward":
-        function = functools.partial(kernels.propagation_forward, keep=False, **options)
+    if path.startswith("low_rank"):
+        of_maps: list[Any] = [array(shape.rank, 4, shape.channels)] * 3
+        of_logits: Any = array(shape.rank, 4, 3, shape.weight_channels)
+        up = UpProjection(of_logits, *of_maps)
+        arguments: list[Any] = [x, array(*pixels, shape.rank), up, merge]
+        function = kernels.low_rank_forward if is_forward else kernels.low_rank_backward
+        options["path"] = path
     else:
-        function, arguments = functools.partial(kernels.propagation_backward, **options), [*arguments, [x] * 4, x]
-    return function, arguments, [form.tile for form in forms]
+        maps = [array(*pixels, 4, shape.channels)] * 3
+        arguments = [x, array(*pixels, 4, 3, shape.weight_channels), *maps, merge]
+        function = kernels.propagation_forward if is_forward else kernels.propagation_backward
+        options |= dict(path=path) if is_forward else {}
+    if is_forward:
+        options["keep"] = False
+    else:
+        arguments += [[x] * 4, x]
+    with deviceless.h200():
+        forms = paths.forms(_work(case), path, kernel=case.pass_).forms
+    walks = [Walk.of(form, shape.height, shape.width, path.endswith(paths.ON_CHIP)) for form in forms]
+    return functools.partial(function, **options), arguments, walks
 
 
-def _bytes(case: Case) -> int:
-    """The least that the operation moves; of propagation, by a launch for each direction that adds to a float32 sum."""
-    if case.operation != PROPAGATION:
-        return bytes_moved(case.operation, case.shape, case.dtype, case.pass_)
+def _work(case: Case) -> paths.Work:
+    shape = case.shape
+    rank = shape.rank if case.operation.startswith("low_rank") else 0
+    pixels = shape.batch, shape.height, shape.width
+    return paths.Work((*pixels, shape.channels), case.dtype, shape.weight_channels, shape.chunk, rank)
+
+
+def _moved(case: Case) -> Moved:
+    """The least that the operation moves; of propagation, by a launch for each direction that adds to a float32 sum.
+
+    On chip x is read and y written once. A proxy is read once for each direction, on chip once in each of two orders.
+    """
     shape, size = case.shape, jnp.dtype(case.dtype).itemsize
+    if case.operation not in PATHS:
+        return Moved(bytes_moved(case.operation, shape, case.dtype, case.pass_))
     maps = shape.batch * shape.height * shape.width * shape.channels
     weights = 3 * maps * shape.weight_channels // shape.channels
-    each = 4 * maps + weights if case.pass_ == "forward" else 9 * maps + 2 * weights
-    return 4 * each * size + (24 + size) * maps  # the sum is written 3 times and read 3 times, then the result written
+    is_made, is_on_chip = case.operation.startswith("low_rank"), case.operation.endswith(paths.ON_CHIP)
+    of_maps = 3 * maps + weights  # of a direction
+    if is_on_chip:
+        values, total = 2 * maps, 0  # x and y
+    elif case.pass_ == "forward":
+        values, total = 4 * maps, (24 + size) * maps  # x; the sum is written 3 times and read 3 times, then y written
+    else:
+        # x, h, the gradient of y, and the gradients of the maps: of logits for all channels if the kernel made them.
+        values, total = 4 * (3 * maps + (6 * maps if is_made else of_maps)), (24 + size) * maps
+    if not is_made:
+        return Moved((values + 4 * of_maps) * size + total)
+    rank = primitives.round_up(shape.rank, 16)
+    proxy = (2 if is_on_chip else 4) * maps // shape.channels * rank
+    return Moved(values * size + total, (proxy + 4 * MAPS * rank * shape.channels) * size)
 
 
 def compile_rows(case: Case) -> list[Row]:
     """A row for each kernel of the case; one with the error where it does not compile."""
-    shape = case.shape
-    moved = _bytes(case)
+    shape, moved = case.shape, _moved(case)
+    elements = shape.batch * shape.height * shape.width * shape.channels
     row: Row = dict.fromkeys(COLUMNS, "")
     row.update(shape=shape.name, batch=shape.batch, height=shape.height, width=shape.width, channels=shape.channels)
     row.update(weight_channels=shape.weight_channels, chunk=shape.chunk or "", direction=case.direction)
-    row.update({"operation": case.operation, "pass": case.pass_, "dtype": case.dtype, "bytes": moved})
-    row["limit_us"] = float(f"{1e6 * moved / COPY_BANDWIDTH:.4g}")
+    if case.operation.startswith("low_rank"):
+        row["rank"] = shape.rank
+    row.update({"operation": case.operation, "pass": case.pass_, "dtype": case.dtype, "bytes": moved.total})
+    row["bytes_per_element"] = round(moved.total / elements, 1)
+    row["memory_us"] = _rounded(1e6 * moved.total / kernel_limits.COPY_BANDWIDTH)
     try:
-        function, arguments, tiles_of_case = bind(case)
-        row["tile"] = "; ".join(dict.fromkeys(str(tile) for tile in tiles_of_case))
+        function, arguments, walks = bind(case)
+        row["tile"] = "; ".join(dict.fromkeys(str(walk.form.tile) for walk in walks))
         compilation = deviceless.compile_for_h200(function, *arguments)
     except Exception as error:  # whatever stops a compiler is a result here
         return [row | {"fault": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
@@ -129,24 +186,27 @@ def compile_rows(case: Case) -> list[Row]:
         return [row | {"fault": "no Mosaic kernel in the program"}]
     memory = compilation.compiled.memory_analysis()
     row["temporary_bytes"] = memory.temp_size_in_bytes if memory is not None else ""
-    return [row | _describe(kernel, tiles_of_case) for kernel in compilation.kernels]
+    return [row | _describe(kernel, walks, moved, elements) for kernel in compilation.kernels]
 
 
-def _describe(kernel: deviceless.Kernel, tiles_of_case: Sequence[tiles.Tile]) -> Row:
-    # The results of a line are one group of stores; a thread has the tile's share of them. Which kernel of several has
-    # which tile is not known: the number is left out where it would matter.
-    shares = {tile.rows * tile.channels / 128 for tile in tiles_of_case}
-    elements = kernel.groups_of_loop * shares.pop() if len(shares) == 1 else 0
-    instructions = round(sum(kernel.loop_opcodes.values()) / elements, 1) if elements else ""
-    faults = []
+def _describe(kernel: deviceless.Kernel, walks: Sequence[Walk], moved: Moved, elements: int) -> Row:
+    """Columns of one kernel of an operation on a map of `elements` pixels times channels."""
+    faults, counts = [], {}
+    walks = kernel_limits.as_all(kernel, walks)
+    try:
+        if (mix := kernel_limits.per_element(kernel, walks)) is not None:
+            counts = _counts(mix, kernel_limits.microseconds(mix, walks, moved, elements))
+    except LookupError as error:
+        faults.append(str(error))
     if kernel.spill_bytes:
         faults.append(f"spills {kernel.spill_bytes} bytes")
     if kernel.shared_memory > deviceless.SHARED_MEMORY_PER_CTA:
         faults.append(f"asks for more than {deviceless.SHARED_MEMORY_PER_CTA} bytes of shared memory")
     elif not kernel.ctas_per_multiprocessor:
         faults.append("takes more registers than a multiprocessor has")
-    return {
+    return counts | {
         "kernel": kernel.name,
+        "tile": str(walks[0].form.tile),
         "registers": kernel.registers,
         "spill_bytes": kernel.spill_bytes,
         "stack_bytes": kernel.stack_bytes,
@@ -154,25 +214,56 @@ def _describe(kernel: deviceless.Kernel, tiles_of_case: Sequence[tiles.Tile]) ->
         "ctas": kernel.ctas,
         "threads": kernel.threads,
         "ctas_per_multiprocessor": kernel.ctas_per_multiprocessor,
-        "instructions_per_element": instructions,
+        "computed_per_element": round(sum(walk.elements for walk in walks) / (len(walks) * elements), 2),
         "tma_loads": kernel.count("UTMALDG"),
         "fault": "; ".join(faults),
     }
 
 
+def _counts(mix: machine_code.Mix, times: Mapping[str, float]) -> Row:
+    return {
+        "instructions_per_element": round(mix.instructions, 1),
+        "floating_point_per_element": round(mix.floating_point, 1),
+        "special_functions_per_element": round(mix.special_functions, 2),
+        "shared_memory_bytes_per_element": round(mix.shared_memory + mix.tensor_operands, 1),
+        "limited_by": max(times, key=lambda unit: times[unit]),
+        **{f"{unit}_us": _rounded(time) for unit, time in times.items()},
+    }
+
+
+def _rounded(time: float) -> float:
+    return float(f"{time:.4g}")
+
+
 def cases(
     shapes: Iterable[KernelShape], directions: Sequence[str], dtypes: Sequence[str], only: str = ""
 ) -> list[Case]:
-    """All combinations, those alone whose text contains `only`."""
+    """All combinations that there are, those alone whose text contains `only`."""
     scans = [(direction, operation) for direction in directions for operation in OPERATIONS]
     listed = (
         Case(shape, direction, pass_, operation, dtype)
         for shape in shapes
         for dtype in dtypes
-        for direction, operation in (*scans, *([(ALL_DIRECTIONS, PROPAGATION)] if shape in LAYERS else []))
+        for direction, operation in (
+            *([] if shape in LARGER else scans),
+            *([(ALL_DIRECTIONS, path) for path in PATHS] if shape in LAYERS else []),
+        )
         for pass_ in PASSES
     )
-    return [case for case in listed if only in str(case)]
+    return [case for case in listed if only in str(case) and exists(case)]
+
+
+def exists(case: Case) -> bool:
+    """Whether there is such a kernel: on chip forward alone, where the map fits; of a proxy in 16 bits alone."""
+    if case.operation.startswith("low_rank") and case.dtype == "float32":
+        return False
+    if not case.operation.endswith(paths.ON_CHIP):
+        return True
+    try:
+        with deviceless.h200():
+            return case.pass_ == "forward" and bool(paths.forms(_work(case), case.operation))
+    except ValueError:  # no tile serves the map
+        return False
 
 
 def run(listed: Sequence[Case], out: str) -> list[Row]:
@@ -183,7 +274,7 @@ def run(listed: Sequence[Case], out: str) -> list[Row]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "compiled for": f"{deviceless.DEVICE_KIND}, with jax {jax.__version__} and ptxas "
         f"{deviceless.assembler_version()}",
-        "bandwidth": f"{COPY_BANDWIDTH / 1e12} TB/s, about that of a copy on the card",
+        "rates": RATES,
         "note": NOTE,
     }
     folder = pathlib.Path(out)

@@ -87,6 +87,24 @@ GENERATORS = (
     KernelShape("gspn_xl_generator", 32, 16, 16, 1504, rank=93),
 )
 
+# The same layers at larger images: classifiers at 384 x 384, generators on the 32 x 32 tokens of 512 x 512.
+GSPN_T_384, GSPN_S_384, GSPN_B_384 = (
+    tuple(
+        dataclasses.replace(
+            shape,
+            name=shape.name.replace("_stage", "_384_stage"),
+            batch=32,
+            height=shape.height * 12 // 7,
+            width=shape.width * 12 // 7,
+        )
+        for shape in group
+    )
+    for group in (GSPN_T, GSPN_S, GSPN_B)
+)
+GENERATORS_512 = tuple(
+    dataclasses.replace(shape, name=f"{shape.name}_512", batch=8, height=32, width=32) for shape in GENERATORS
+)
+
 # SDXL: latents have 1/8 of the image's side, self-attention is at 1/2 of that with 640 channels and at 1/4 with 1280.
 # Batch 2 is one image under classifier-free guidance. 16K is 16384 x 8192 in the paper; wide_1k is 1344 x 768.
 SDXL = (
@@ -125,16 +143,22 @@ GROUPS = {
     "gspn_t": GSPN_T,
     "gspn_s": GSPN_S,
     "gspn_b": GSPN_B,
+    "gspn_t_384": GSPN_T_384,
+    "gspn_s_384": GSPN_S_384,
+    "gspn_b_384": GSPN_B_384,
     "gspn_nano": GSPN_NANO,
     "generators": GENERATORS,
+    "generators_512": GENERATORS_512,
     "sdxl": SDXL,
     "compact": COMPACT,
     "long": LONG,
     "crossover": CROSSOVER,
 }
 SHAPES = tuple(shape for group in GROUPS.values() for shape in group)
+# Layers of the same widths as others, at larger images.
+LARGER = (*GSPN_T_384, *GSPN_S_384, *GSPN_B_384, *GENERATORS_512)
 # Where a layer of a model propagates: in four directions.
-LAYERS = (*GSPN_T, *GSPN_S, *GSPN_B, *GSPN_NANO, *GENERATORS, *SDXL)
+LAYERS = (*GSPN_T, *GSPN_S, *GSPN_B, *GSPN_NANO, *GENERATORS, *SDXL, *LARGER)
 
 
 def select(names: Sequence[str]) -> tuple[KernelShape, ...]:
