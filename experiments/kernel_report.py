@@ -302,6 +302,7 @@ def _markdown(about: dict[str, str], rows: Sequence[Row]) -> str:
 
 def define_flags() -> None:
     flags.DEFINE_string("only", "", 'Part of "SHAPE DIRECTION PASS OPERATION DTYPE": only rows that contain it.')
+    flags.DEFINE_integer("every", 1, "Of the rows every so many-th alone.", lower_bound=1)
     flags.DEFINE_string("out", "experiments/results", "Folder for the two tables.")
     flags.DEFINE_multi_enum(
         "direction", ["right", "down"], DIRECTIONS, "May be repeated. Left and up differ by a sign."
@@ -317,7 +318,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(reason)
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for the libraries to run on a GPU, and gives up
     chosen = flags.FLAGS
-    listed = cases(SHAPES, chosen.direction, chosen.dtype, chosen.only)
+    listed = cases(SHAPES, chosen.direction, chosen.dtype, chosen.only)[:: chosen.every]
     if not listed:
         raise ValueError(f"only: no row contains {chosen.only!r}")
     rows = run(listed, chosen.out)

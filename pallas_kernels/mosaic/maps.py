@@ -132,8 +132,8 @@ class MadeMaps:
     def __init__(self, maps: Made, walk: Pipeline, slot: int, alone: bool):
         tile, dtype, rank = walk.tile, maps.proxy.dtype, maps.proxy.shape[-1]
         self.walk, self.slot, self.maps = walk, slot, maps
-        self.pixels = (walk.batch, walk.shape[1], walk.shape[2])
-        like: Any = jax.ShapeDtypeStruct((*self.pixels, 4 * SLOTS, walk.channels), dtype)
+        pixels = walk.shape[:3]
+        like: Any = jax.ShapeDtypeStruct((*pixels, 4 * SLOTS, walk.channels), dtype)
         self.mix = Weights(walk, like, True, slot)
         self.has_skip, self.copies = maps.has_skip, 0
         self.inputs = [maps.proxy, maps.up]
@@ -150,7 +150,7 @@ class MadeMaps:
             primitives.barriers(1, tile.warpgroups * self.stages),
             primitives.barriers(1),
         ]
-        of_direction = jax.ShapeDtypeStruct((*self.pixels, 4, walk.channels), dtype)
+        of_direction = jax.ShapeDtypeStruct((*pixels, 4, walk.channels), dtype)
         self.gradients = [like, *[of_direction] * (2 + maps.has_skip)]
         self._before, self._following = 0, None  # see `follow`
 
