@@ -1,0 +1,81 @@
+"""The train steps that `step_report` compiles: models, and how their propagation is computed."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from configs import classifier
+from experiments import classification, deviceless
+from gspn_jax import data
+from gspn_jax.training import MixingOptions, OptimizerOptions, TrainOptions
+from gspn_jax.training.loop import Task
+from gspn_jax.training.optimizer import make_optimizer
+from gspn_jax.training.state import initial_state
+from gspn_jax.training.step import make_step
+
+STEPS = 1000  # of the run that the step belongs to: a number in the schedule, nothing depends on it
+
+
+class Variant(NamedTuple):
+    """How the propagation is computed: options of `GSPNMixer`; a path of None is left to it."""
+
+    implementation: str
+    path: str | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {"implementation": self.implementation} | ({} if self.path is None else {"path": self.path})
+
+
+class Setting(NamedTuple):
+    """What a model is trained with."""
+
+    task: Task
+    optimizer: OptimizerOptions
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+class Model(NamedTuple):
+    """A network at the batch size of its report. `setting`: of (variant, remat, batch size)."""
+
+    batch_size: int
+    setting: Callable[[Variant, bool, int], Setting]
+
+
+def classifier_setting(preset: str, size: int, variant: Variant, remat: bool, batch_size: int) -> Setting:
+    """A preset of configs/classifier.py with 1,000 classes, on images of `size` pixels a side, in bfloat16."""
+    config: Any = classifier.get_config(preset)
+    config.batch_size, config.model.remat, config.model.dtype = batch_size, remat, "bfloat16"
+    meta: Any = classification.describe(config, data.load("fake", None)) | {"num_classes": 1000}
+    meta["model"]["options"] |= variant.options
+    return Setting(
+        task=classification.make_task(meta, MixingOptions(**config.mixing.to_dict())),
+        optimizer=classification.optimizer_options(config, STEPS // config.epochs, STEPS),
+        batch={
+            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        },
+    )
+
+
+MODELS = {"gspn_t": Model(128, functools.partial(classifier_setting, "gspn_t", 224))}
+VARIANTS = {"xla": Variant("xla"), "fused": Variant("mosaic")}
+
+
+def compile_step(setting: Setting) -> deviceless.Compilation:
+    """The step that `train` would run on one H200, of abstract arrays."""
+    batch_size = next(iter(setting.batch.values())).shape[0]
+    transform = make_optimizer(setting.optimizer, num_steps=STEPS, batch_size=batch_size)
+    state = jax.eval_shape(
+        functools.partial(initial_state, setting.task.init, transform, seed=0, keep_ema=setting.optimizer.ema_decay > 0)
+    )
+    options = TrainOptions(workdir="", num_steps=STEPS, batch_size=batch_size)
+    mesh: Any = jax.sharding.AbstractMesh((1, 1), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+    shardings = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), state)
+    step = make_step(setting.task.loss, transform, setting.optimizer, options, shardings, mesh)
+    # What is jitted, without the mesh, which has no device: compilation places everything on one.
+    return deviceless.compile_for_h200(inspect.unwrap(step), state, setting.batch, donate_argnums=0)

@@ -1,0 +1,253 @@
+"""What a whole train step takes of an H200, from compilation on a machine without one.
+
+    python -m experiments.step_report --only=gspn_t --out=experiments/results
+
+Writes step_report.md and step_report.csv: the memory of each step (forward, loss, backward, AdamW and moving average;
+bfloat16, the state donated) and, for every part of it, the least time that its bytes and its flops take. Needs
+requirements-gpu-compile.txt and no GPU; three to six minutes a step. No column is a measured time.
+"""
+
+import collections
+import csv
+import datetime
+import pathlib
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+
+from experiments import command_line, deviceless, hlo_costs, provenance
+from experiments.kernel_report import COPY_BANDWIDTH
+from experiments.step_cases import MODELS, VARIANTS, compile_step
+
+MATRIX_FLOPS = 700e12  # a second, bfloat16 on the tensor cores of an H200; its data sheet says 989e12
+VECTOR_FLOPS = 60e12  # a second, float32 beside them, where depthwise convolutions run; its data sheet says 67e12
+LARGE = 0.15  # share of the estimated time from which a part is named
+KERNELS, SCANS, OTHER = "propagation kernels", "propagation, outside of kernels", "other"
+# The part that a function of the source belongs to; the innermost function counts.
+PARTS = {
+    "propagate": SCANS,
+    "GSPNMixer.__call__": "maps",
+    "DepthwiseConv.__call__": "depthwise convolution",
+    "depthwise_conv": "depthwise convolution",
+    "LayerNorm.__call__": "layer norm",
+    "GlobalResponseNorm.__call__": "global response norm",
+    "MLP.__call__": "MLP",
+    "Block._mix": "projections",
+    "residual": "residuals",
+    "Stem.__call__": "stem and downsampling",
+    "Downsample.__call__": "stem and downsampling",
+    "Classifier.__call__": "head",
+    "Classification.logits": "images and loss",
+    "Classification.loss": "images and loss",
+    "make_step.<locals>.step": "optimizer",
+}
+NOTE = (
+    "Compiled, not executed: nothing here is a measured time. limit_ms adds up, of all instructions, the larger of two "
+    f"times: operands and results at {COPY_BANDWIDTH / 1e12} TB/s; matrix products and convolutions at "
+    f"{MATRIX_FLOPS / 1e12:.0f} TFLOP/s, depthwise ones at {VECTOR_FLOPS / 1e12:.0f}. Caches, starts of kernels, other "
+    "arithmetic and how well a library does its work are left out; without a card XLA tunes no product and no "
+    "convolution. A fusion belongs to the part of its last operation; maps are the proxy and the projections of it. Of "
+    "maps for four directions, a kernel is counted with the one that it takes."
+)
+COLUMNS = (
+    "model", "batch", "variant", "remat", "part", "launches", "bytes", "flops", "limit_ms", "share", "kinds",
+    "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "fault",
+)  # fmt: skip
+WHOLE = "whole step"
+Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """What a step is compiled for."""
+
+    model: str
+    variant: str
+    remat: bool
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.variant} {'remat' if self.remat else 'kept'}"
+
+
+def part_of(cost: hlo_costs.Cost) -> str:
+    """What an instruction is there for."""
+    part = next((PARTS[name] for name in cost.frames if name in PARTS), OTHER)
+    return KERNELS if part == SCANS and _is_kernel(cost) else part
+
+
+def _is_kernel(cost: hlo_costs.Cost) -> bool:
+    return cost.kind.startswith("mosaic_gpu")
+
+
+def bytes_of(cost: hlo_costs.Cost) -> int:
+    """Bytes that an instruction reads and writes, once."""
+    if not _is_kernel(cost):
+        return cost.bytes
+    # (B, H, W, 4, C), or 12 for logits, are the maps of the four directions: a launch addresses one of them.
+    each = ((array.bytes, len(array.dims) == 5 and array.dims[3] in (4, 12)) for array in cost.arrays)
+    return sum(size // 4 if has_slots else size for size, has_slots in each)
+
+
+def limit(cost: hlo_costs.Cost) -> float:
+    """Seconds that an instruction takes at least, once."""
+    rate = VECTOR_FLOPS if cost.kind == "depthwise convolution" else MATRIX_FLOPS
+    return max(bytes_of(cost) / COPY_BANDWIDTH, cost.flops / rate)
+
+
+def rows_of_program(text: str) -> list[Row]:
+    """A row for a compiled program and one for each part of it, the longest first."""
+    parts: dict[str, list[hlo_costs.Cost]] = collections.defaultdict(list)
+    for cost in hlo_costs.Program(text).costs():
+        parts[part_of(cost)].append(cost)
+    whole = _row(WHOLE, [cost for costs in parts.values() for cost in costs])
+    rows = sorted((_row(part, costs) for part, costs in parts.items()), key=lambda row: -row["limit_ms"])
+    for row in (whole, *rows):
+        row["share"] = round(row["limit_ms"] / whole["limit_ms"], 4)
+        row["limit_ms"] = round(row["limit_ms"], 3)
+    return [whole, *rows]
+
+
+def _row(part: str, costs: Sequence[hlo_costs.Cost]) -> Row:
+    kinds: dict[str, float] = collections.defaultdict(float)  # seconds
+    for cost in costs:
+        kinds[cost.kind] += cost.launches * limit(cost)
+    total = sum(kinds.values())
+    return {
+        "part": part,
+        "launches": sum(cost.launches for cost in costs),
+        "bytes": sum(cost.launches * bytes_of(cost) for cost in costs),
+        "flops": sum(cost.launches * cost.flops for cost in costs),
+        "limit_ms": 1e3 * total,
+        "kinds": ", ".join(
+            f"{kind} {of / total:.0%}"
+            for kind, of in sorted(kinds.items(), key=lambda item: -item[1])
+            if of > 0.005 * total
+        ),
+    }
+
+
+def compile_rows(case: Case, batch_size: int = 0) -> list[Row]:
+    """The rows of a step: one of the whole with its memory, then its parts; one with the error where it fails."""
+    model = MODELS[case.model]
+    batch_size = batch_size or model.batch_size
+    row: Row = dict.fromkeys(COLUMNS, "")
+    row.update(model=case.model, batch=batch_size, variant=case.variant, remat=case.remat, part=WHOLE)
+    try:
+        compiled = compile_step(model.setting(VARIANTS[case.variant], case.remat, batch_size)).compiled
+    except Exception as error:  # whatever stops a compiler is a result here
+        return [row | {"fault": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
+    whole, *parts = rows_of_program(compiled.as_text() or "")
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    whole.update(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+    )
+    return [row | found for found in (whole, *parts)]
+
+
+def cases(only: str = "") -> list[Case]:
+    """All combinations, those alone whose text contains `only`."""
+    listed = (Case(model, variant, remat) for model in MODELS for variant in VARIANTS for remat in (False, True))
+    return [case for case in listed if only in str(case)]
+
+
+def run(listed: Sequence[Case], out: str, batch_size: int = 0) -> list[Row]:
+    """Compiles all cases, writes both tables into the folder `out` after each of them, and returns the rows."""
+    about = {
+        "command": f"python -m experiments.step_report {shlex.join(sys.argv[1:])}",
+        "commit": provenance.commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "compiled for": f"{deviceless.DEVICE_KIND}, with jax {jax.__version__}",
+        "note": NOTE,
+    }
+    folder = pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)  # before the minutes that compilation takes
+    rows: list[Row] = []
+    for number, case in enumerate(listed, 1):
+        found = compile_rows(case, batch_size)
+        rows += found
+        print(f"{number}/{len(listed)} {case}: {found[0]['fault'] or 'compiled'}", flush=True)
+        with open(folder / "step_report.csv", "w", newline="") as file:
+            file.writelines(f"# {key}: {value}\n" for key, value in about.items())
+            writer = csv.DictWriter[str](file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        (folder / "step_report.md").write_text(_markdown(about, rows))
+    return rows
+
+
+def _markdown(about: dict[str, str], rows: Sequence[Row]) -> str:
+    lines = ["# Train steps, compiled for an H200 and not executed", "", *(f"- {key}: {about[key]}" for key in about)]
+    whole = [row for row in rows if row["part"] == WHOLE]
+    memory = ("argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes")
+    lines += ["", "## Memory in GB (1e9 bytes)", ""]
+    lines += _table(
+        ("step", "batch", *(key.removesuffix("_bytes") for key in memory), "limit_ms", "launches", "fault"),
+        [(_title(r), r["batch"], *(_giga(r[key]) for key in memory), r["limit_ms"], r["launches"], r["fault"])
+         for r in whole],
+    )  # fmt: skip
+    large = [
+        row for row in rows if row["share"] and row["share"] > LARGE and row["part"] not in (WHOLE, KERNELS, SCANS)
+    ]
+    lines += ["", f"## More than {LARGE:.0%} of the estimated time, outside of the propagation", ""]
+    lines += [f"- {_title(row)}: {row['part']}, {row['share']:.1%} ({row['kinds']})" for row in large] or ["- nothing"]
+    for step in whole:
+        lines += ["", f"## {_title(step)}", ""]
+        lines += _table(
+            ("part", "launches", "GB", "TFLOP", "limit_ms", "share", "kinds, by time"),
+            [(r["part"], r["launches"], _giga(r["bytes"]), f"{r['flops'] / 1e12:.3f}", r["limit_ms"],
+              f"{r['share']:.1%}", r["kinds"])
+             for r in rows if _title(r) == _title(step) and r["bytes"] != ""],
+        )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _title(row: Row) -> str:
+    return str(Case(row["model"], row["variant"], row["remat"]))
+
+
+def _giga(size: Any) -> str:
+    return "" if size == "" else f"{size / 1e9:.2f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    cells = (" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in (header, *rows))
+    head, *body = (f"| {row} |" for row in cells)
+    return [head, "|---" * len(header) + "|", *body]
+
+
+def define_flags() -> None:
+    flags.DEFINE_string(
+        "only", "", 'Part of "MODEL VARIANT remat" or "MODEL VARIANT kept": only steps that contain it.'
+    )
+    flags.DEFINE_string("out", "experiments/results", "Folder for the two tables.")
+    flags.DEFINE_integer("batch_size", 0, "Instead of the model's; 0 leaves it.", lower_bound=0)
+
+
+def main(argv: Sequence[str]) -> None:
+    if argv:
+        raise ValueError(f"expected flags only, got {' '.join(argv)}")
+    reason = deviceless.missing()
+    if reason is not None:
+        raise ValueError(reason)
+    jax.config.update("jax_platforms", "cpu")  # else JAX looks for the libraries to run on a GPU, and gives up
+    chosen = flags.FLAGS
+    listed = cases(chosen.only)
+    if not listed:
+        raise ValueError(f"only: no step contains {chosen.only!r}")
+    rows = run(listed, chosen.out, chosen.batch_size)
+    print(f"{len(rows)} rows written to {chosen.out}/step_report.md and .csv.")
+    faulty = [row for row in rows if row["fault"]]
+    if faulty:
+        raise ValueError(f"{len(faulty)} of {len(listed)} steps failed, the first of {_title(faulty[0])}")
+
+
+if __name__ == "__main__":
+    command_line.start(main, define_flags)

@@ -1,0 +1,90 @@
+import csv
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import deviceless, step_report
+from experiments.hlo_costs import Array, Cost
+from experiments.step_cases import Model, Setting, Variant
+from experiments.step_report import KERNELS, OTHER, SCANS, WHOLE, Case
+from gspn_jax import models
+from gspn_jax.training import Classification, OptimizerOptions
+
+compiles = pytest.mark.skipif(deviceless.missing() is not None, reason=str(deviceless.missing()))
+
+KERNEL = Cost("k", "mosaic_gpu_v2", 1, 0, 0, ("propagate", "Block._mix"), "", (Array((2, 3, 5, 4, 8), "bf16"),))
+
+
+def test_parts_of_instructions():
+    assert step_report.part_of(KERNEL) == KERNELS
+    fusion = {**vars(KERNEL), "kind": "fusion"}
+    assert step_report.part_of(Cost(**fusion)) == SCANS
+    assert step_report.part_of(Cost(**{**fusion, "frames": ("_normalize", "LayerNorm.__call__")})) == "layer norm"
+    assert step_report.part_of(Cost(**{**fusion, "frames": ("main",)})) == OTHER
+
+
+def test_a_kernel_takes_one_of_four_maps():
+    assert step_report.bytes_of(KERNEL) == 2 * 3 * 5 * 8 * 2
+
+
+def test_limit_is_the_longer_of_memory_and_arithmetic():
+    product = Cost("p", "matrix product", 1, int(4.3e9), int(7e11), (), "", ())
+    assert step_report.limit(product) == pytest.approx(1e-3)
+    assert step_report.limit(Cost(**{**vars(product), "kind": "depthwise convolution"})) > 1e-2
+
+
+def test_variants_pass_a_path_only_where_there_is_one():
+    assert Variant("xla").options == {"implementation": "xla"}
+    assert Variant("mosaic", "low_rank").options == {"implementation": "mosaic", "path": "low_rank"}
+
+
+def test_what_does_not_compile_is_a_row(monkeypatch, tmp_path):
+    def refuse(setting):
+        raise ValueError("no memory\nfor it")
+
+    monkeypatch.setattr(step_report, "compile_step", refuse)
+    (row,) = step_report.run(step_report.cases("gspn_t xla kept"), str(tmp_path))
+    assert row["fault"] == "ValueError: no memory for it" and row["batch"] == 128
+    assert "no memory for it" in (tmp_path / "step_report.md").read_text()
+
+
+def one_block(variant: Variant, remat: bool, batch_size: int) -> Setting:
+    def build(rngs):
+        options = dict(
+            widths=(16,), depths=(1,), global_stages=(0,), stem_stride=1, dtype=jnp.dtype("bfloat16"), remat=remat
+        )
+        return models.build("gspn_nano", num_classes=10, rngs=rngs, **options, **variant.options)
+
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, 8, 8, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }
+    return Setting(Classification(build, num_classes=10, mean=(0, 0, 0), std=(1, 1, 1)), OptimizerOptions(), batch)
+
+
+@compiles
+def test_report_of_a_tiny_model(monkeypatch, tmp_path):
+    monkeypatch.setitem(step_report.MODELS, "tiny", Model(2, one_block))
+    # flax's layers mix float32 parameters with bfloat16 maps by the usual promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        rows = step_report.run([Case("tiny", variant, False) for variant in ("xla", "fused")], str(tmp_path))
+    by_part = {(row["variant"], row["part"]): row for row in rows}
+    assert not any(row["fault"] for row in rows)
+    for variant in ("xla", "fused"):
+        whole = by_part[variant, WHOLE]
+        parts = [row for row in rows if row["variant"] == variant and row["part"] != WHOLE]
+        assert whole["launches"] == sum(row["launches"] for row in parts)
+        assert sum(row["share"] for row in parts) == pytest.approx(1, abs=0.01)
+        # Parameters, their average and both moments are donated: new are a few numbers and the places of all.
+        assert 0 < whole["output_bytes"] - whole["alias_bytes"] < 0.1 * whole["output_bytes"]
+        assert whole["peak_bytes"] > whole["argument_bytes"] > 0
+        assert by_part[variant, "depthwise convolution"]["flops"] > 0 and by_part[variant, "MLP"]["flops"] > 0
+    assert by_part["fused", KERNELS]["launches"] == 2 * 4
+    assert ("xla", KERNELS) not in by_part and by_part["xla", SCANS]["launches"] > 100
+    with open(tmp_path / "step_report.csv", newline="") as file:
+        lines = list(file)
+    about = [line for line in lines if line.startswith("# ")]
+    assert any("not executed" in line for line in about)
+    assert [row["part"] for row in csv.DictReader(lines[len(about) :])] == [row["part"] for row in rows]
+    assert "not executed" in (tmp_path / "step_report.md").read_text().splitlines()[0]
