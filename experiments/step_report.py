@@ -104,9 +104,9 @@ def rows_of_program(text: str) -> list[Row]:
         parts[part_of(cost)].append(cost)
     whole = _row(WHOLE, [cost for costs in parts.values() for cost in costs])
     rows = sorted((_row(part, costs) for part, costs in parts.items()), key=lambda row: -row["limit_ms"])
-    for row in (whole, *rows):
+    for row in (*rows, whole):  # the whole last: it is what the others are divided by
         row["share"] = round(row["limit_ms"] / whole["limit_ms"], 4)
-        row["limit_ms"] = round(row["limit_ms"], 3)
+        row["limit_ms"] = float(f"{row['limit_ms']:.4g}")
     return [whole, *rows]
 
 
