@@ -24,7 +24,8 @@ from experiments import command_line, deviceless, provenance
 from experiments.kernel_contenders import bytes_moved
 from experiments.kernel_shapes import LAYERS, SHAPES, KernelShape
 from pallas_kernels import DIRECTIONS
-from pallas_kernels.mosaic import operations, tiles
+from pallas_kernels.mosaic import operations, paths, tiles
+from pallas_kernels.mosaic.forms import Form
 
 COPY_BANDWIDTH = 4.3e12  # bytes a second that a copy reads and writes on an H200; its data sheet says 4.8e12
 PASSES = ("forward", "backward")
@@ -74,7 +75,7 @@ def bind(case: Case) -> tuple[Callable[..., Any], list[Any], list[tiles.Tile]]:
     else:
         function, arguments, loads, stores = kernels.scan_backward, [x, weights, x, x, x], (x, x, x, x), (x, x)
     with deviceless.h200():
-        form = operations.Form(case.pass_, x, weights, loads, stores, case.direction, shape.chunk, None, False)
+        form = Form(case.pass_, x, weights, loads, stores, case.direction, shape.chunk, None, False)
     options = dict(direction=case.direction, chunk=shape.chunk, from_logits=from_logits)
     return functools.partial(function, **options), arguments, [form.tile]
 
@@ -89,7 +90,8 @@ def _bind_propagation(case: Case) -> tuple[Callable[..., Any], list[Any], list[t
     arguments = [x, logits, *maps, jax.ShapeDtypeStruct((4,), jnp.float32)]
     kernels, options = operations.Kernels(), dict[str, Any](chunk=shape.chunk)
     with deviceless.h200():
-        forms = operations.forms_of_propagation(case.pass_, x, logits, *maps, interpret=False, **options)
+        work = paths.Work((*pixels, shape.channels), case.dtype, shape.weight_channels, shape.chunk)
+        forms = paths.forms(work, "fused", kernel=case.pass_).forms
     if case.pass_ == "forward":
         function = functools.partial(kernels.propagation_forward, keep=False, **options)
     else:

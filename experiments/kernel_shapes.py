@@ -11,7 +11,7 @@ from collections.abc import Sequence
 class KernelShape:
     """A map (batch, height, width, channels) whose weights have `weight_channels`, a divisor of `channels`.
 
-    `chunk`: lines after which the scans restart, None for never.
+    `chunk`: lines after which the scans restart, None for never. `rank`: of a layer's proxy, 0 where there is no layer.
     """
 
     name: str
@@ -21,6 +21,7 @@ class KernelShape:
     channels: int
     weight_channels: int = 0  # 0 stands for as many as channels, and is replaced by them
     chunk: int | None = None
+    rank: int = 0
 
     def __post_init__(self):
         if not self.weight_channels:
@@ -54,53 +55,53 @@ TABLE1 = (
 # The stages of the classifiers at 224 x 224: the mixer has 1.5 times the channels of its block, at the next multiple of
 # 8. Local stages restart every 2 lines; stage 3 of GSPN-B has blocks of both kinds.
 GSPN_T = (
-    KernelShape("gspn_t_stage1", 128, 56, 56, 144, chunk=2),
-    KernelShape("gspn_t_stage2", 128, 28, 28, 288, chunk=2),
-    KernelShape("gspn_t_stage3", 128, 14, 14, 576),
-    KernelShape("gspn_t_stage4", 128, 7, 7, 1152),
+    KernelShape("gspn_t_stage1", 128, 56, 56, 144, chunk=2, rank=8),
+    KernelShape("gspn_t_stage2", 128, 28, 28, 288, chunk=2, rank=8),
+    KernelShape("gspn_t_stage3", 128, 14, 14, 576, rank=8),
+    KernelShape("gspn_t_stage4", 128, 7, 7, 1152, rank=8),
 )
 GSPN_S = (
-    KernelShape("gspn_s_stage1", 128, 56, 56, 168, chunk=2),
-    KernelShape("gspn_s_stage2", 128, 28, 28, 328, chunk=2),
-    KernelShape("gspn_s_stage3", 128, 14, 14, 648, chunk=2),
-    KernelShape("gspn_s_stage4", 128, 7, 7, 1296),
+    KernelShape("gspn_s_stage1", 128, 56, 56, 168, chunk=2, rank=16),
+    KernelShape("gspn_s_stage2", 128, 28, 28, 328, chunk=2, rank=16),
+    KernelShape("gspn_s_stage3", 128, 14, 14, 648, chunk=2, rank=16),
+    KernelShape("gspn_s_stage4", 128, 7, 7, 1296, rank=16),
 )
 GSPN_B = (
-    KernelShape("gspn_b_stage1", 128, 56, 56, 184, chunk=2),
-    KernelShape("gspn_b_stage2", 128, 28, 28, 360, chunk=2),
-    KernelShape("gspn_b_stage3", 128, 14, 14, 720),
-    KernelShape("gspn_b_stage3_local", 128, 14, 14, 720, chunk=2),
-    KernelShape("gspn_b_stage4", 128, 7, 7, 1440),
+    KernelShape("gspn_b_stage1", 128, 56, 56, 184, chunk=2, rank=8),
+    KernelShape("gspn_b_stage2", 128, 28, 28, 360, chunk=2, rank=8),
+    KernelShape("gspn_b_stage3", 128, 14, 14, 720, rank=8),
+    KernelShape("gspn_b_stage3_local", 128, 14, 14, 720, chunk=2, rank=8),
+    KernelShape("gspn_b_stage4", 128, 7, 7, 1440, rank=8),
 )
 # The small classifier of the digits, where its maps are largest and no multiple of a tile.
 GSPN_NANO = (
-    KernelShape("gspn_nano_stage1", 128, 28, 28, 48, chunk=2),
-    KernelShape("gspn_nano_stage2", 128, 14, 14, 96),
-    KernelShape("gspn_nano_stage3", 128, 7, 7, 192),
+    KernelShape("gspn_nano_stage1", 128, 28, 28, 48, chunk=2, rank=8),
+    KernelShape("gspn_nano_stage2", 128, 14, 14, 96, rank=8),
+    KernelShape("gspn_nano_stage3", 128, 7, 7, 192, rank=8),
 )
 
 # The class-conditional generators on 16 x 16 tokens: widths 900, 1200 and 1500, at the next multiple of 8.
 GENERATORS = (
-    KernelShape("gspn_b_generator", 32, 16, 16, 904),
-    KernelShape("gspn_l_generator", 32, 16, 16, 1200),
-    KernelShape("gspn_xl_generator", 32, 16, 16, 1504),
+    KernelShape("gspn_b_generator", 32, 16, 16, 904, rank=56),
+    KernelShape("gspn_l_generator", 32, 16, 16, 1200, rank=75),
+    KernelShape("gspn_xl_generator", 32, 16, 16, 1504, rank=93),
 )
 
 # SDXL: latents have 1/8 of the image's side, self-attention is at 1/2 of that with 640 channels and at 1/4 with 1280.
 # Batch 2 is one image under classifier-free guidance. 16K is 16384 x 8192 in the paper; wide_1k is 1344 x 768.
 SDXL = (
-    KernelShape("sdxl_1k_level1", 2, 64, 64, 640),
-    KernelShape("sdxl_1k_level2", 2, 32, 32, 1280),
-    KernelShape("sdxl_wide_1k_level1", 2, 48, 84, 640),
-    KernelShape("sdxl_wide_1k_level2", 2, 24, 42, 1280),
-    KernelShape("sdxl_2k_level1", 2, 128, 128, 640),
-    KernelShape("sdxl_2k_level2", 2, 64, 64, 1280),
-    KernelShape("sdxl_4k_level1", 2, 256, 256, 640),
-    KernelShape("sdxl_4k_level2", 2, 128, 128, 1280),
-    KernelShape("sdxl_8k_level1", 2, 512, 512, 640),
-    KernelShape("sdxl_8k_level2", 2, 256, 256, 1280),
-    KernelShape("sdxl_16k_level1", 2, 512, 1024, 640),
-    KernelShape("sdxl_16k_level2", 2, 256, 512, 1280),
+    KernelShape("sdxl_1k_level1", 2, 64, 64, 640, rank=80),
+    KernelShape("sdxl_1k_level2", 2, 32, 32, 1280, rank=160),
+    KernelShape("sdxl_wide_1k_level1", 2, 48, 84, 640, rank=80),
+    KernelShape("sdxl_wide_1k_level2", 2, 24, 42, 1280, rank=160),
+    KernelShape("sdxl_2k_level1", 2, 128, 128, 640, rank=80),
+    KernelShape("sdxl_2k_level2", 2, 64, 64, 1280, rank=160),
+    KernelShape("sdxl_4k_level1", 2, 256, 256, 640, rank=80),
+    KernelShape("sdxl_4k_level2", 2, 128, 128, 1280, rank=160),
+    KernelShape("sdxl_8k_level1", 2, 512, 512, 640, rank=80),
+    KernelShape("sdxl_8k_level2", 2, 256, 256, 1280, rank=160),
+    KernelShape("sdxl_16k_level1", 2, 512, 1024, 640, rank=80),
+    KernelShape("sdxl_16k_level2", 2, 256, 512, 1280, rank=160),
 )
 
 GROUPS = {

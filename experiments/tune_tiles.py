@@ -23,7 +23,8 @@ from experiments.kernel_contenders import draw_inputs
 from experiments.kernel_gate import TOLERANCES, rms_ratio
 from experiments.kernel_shapes import GROUPS, KernelShape, select
 from pallas_kernels.mosaic import card, tiles
-from pallas_kernels.mosaic.operations import Form, Kernels
+from pallas_kernels.mosaic.forms import Form
+from pallas_kernels.mosaic.operations import Kernels
 
 LEAST_GAIN = 0.03
 INPUT_SETS = 3  # in rotation, so that the cache is not what is measured

@@ -4,10 +4,32 @@ import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator
 
+import jax
+
 from pallas_kernels.mosaic import card
 
 # dtypes of the arrays that the Mosaic kernels take.
 _MOSAIC_DTYPES = frozenset(("float32", "bfloat16", "float16"))
+
+
+# Of a propagation by Mosaic kernels. fused: maps in memory, one launch a direction; low_rank: made by the kernel, of a
+# proxy; on_chip: one launch for all directions, x and y in shared memory.
+PATHS = ("fused", "fused_on_chip", "low_rank", "low_rank_on_chip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """Which kernels a propagation takes: names of `PATHS`."""
+
+    inference: str
+    training: str  # forward, when the four h are kept
+    backward: str  # "fused" or "low_rank"
+
+    def forward(self, keep: bool) -> str:
+        return self.training if keep else self.inference
+
+    def __str__(self) -> str:
+        return f"{self.inference}; in training {self.training}, backward {self.backward}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +41,7 @@ class Choice:
     chunk: int | None
     implementation: str
     reason: str
+    paths: Paths | None = None  # of a propagation by Mosaic kernels
 
 
 _records: list[list[Choice]] = []
@@ -46,6 +69,43 @@ def choose(
     Raises:
       ValueError: `implementation` is not a known name, or cannot run here (with the reason).
     """
+    return _recorded(_choice(operation, implementation, shape, chunk, dtypes)).implementation
+
+
+def choose_propagation(
+    operation: str,
+    implementation: str | None,
+    path: str | None,
+    x: jax.Array,
+    dtypes: Collection[str],
+    chunk: int | None,
+    *,
+    weight_channels: int,
+    rank: int | None = None,
+) -> Choice:
+    """As `choose`, with the paths of the kernels; `rank`: of the proxy, if there is one.
+
+    Raises:
+      ValueError: besides, `path` is not a known name, or cannot run.
+    """
+    choice = _choice(operation, implementation, x.shape, chunk, dtypes)
+    known = PATHS[: 2 if rank is None else 4]
+    if path is not None and path not in known:
+        raise ValueError(f"path: expected None or one of {', '.join(known)}; got {path!r}")
+    if not choice.implementation.startswith("mosaic"):
+        if path is not None:
+            raise ValueError(f"path: expected None where `{choice.implementation}` runs, got {path!r}")
+        return choice if rank else _recorded(choice)  # `propagate` records what a proxy's maps are given to
+    from pallas_kernels.mosaic import paths  # here, since importing Pallas takes a second
+
+    is_interpreted = choice.implementation == "mosaic_interpret"
+    work = paths.Work(x.shape, x.dtype.name, weight_channels, chunk, rank or 0)
+    return _recorded(dataclasses.replace(choice, paths=paths.choose(work, path, is_interpreted)))
+
+
+def _choice(
+    operation: str, implementation: str | None, shape: tuple[int, ...], chunk: int | None, dtypes: Collection[str]
+) -> Choice:
     known = implementations()
     unknown_dtypes = sorted(set(dtypes) - _MOSAIC_DTYPES)
     if unknown_dtypes:
@@ -60,9 +120,13 @@ def choose(
         raise ValueError(f"implementation: {implementation!r} cannot run here: {known[implementation]}")
     else:
         name, reason = implementation, "asked for"
+    return Choice(operation, tuple(shape), chunk, name, reason)
+
+
+def _recorded(choice: Choice) -> Choice:
     for record in _records:
-        record.append(Choice(operation, tuple(shape), chunk, name, reason))
-    return name
+        record.append(choice)
+    return choice
 
 
 @contextlib.contextmanager

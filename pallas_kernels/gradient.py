@@ -13,8 +13,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import reference
+from pallas_kernels.dispatch import Paths
 from pallas_kernels.mosaic.tiles import Tile
 from pallas_kernels.sharding import MeshAxes, sharded
+from pallas_kernels.up_projection import UpProjection, gradients_of_maps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Call:
     direction: str | None = None
     from_logits: bool = False  # its weights are given as logits
     tile: Tile | None = None
+    paths: Paths | None = None  # of a propagation by Mosaic kernels
 
     @property
     def functions(self) -> Any:
@@ -37,6 +40,11 @@ class Call:
         from pallas_kernels.mosaic.operations import Kernels
 
         return Kernels(interpret=self.implementation == "mosaic_interpret")
+
+    def forward_options(self, keep: bool) -> dict[str, Any]:
+        """Of a propagation's forward function; `keep`: under differentiation."""
+        options = dict(chunk=self.chunk, keep=keep)
+        return options if self.paths is None else options | dict(path=self.paths.forward(keep))
 
     @property
     def scan_options(self) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def _propagation_forward(call, *inputs):
 
 def _propagate(call: Call, inputs: tuple, keep: bool) -> tuple[jax.Array, tuple]:
     """y and, if they are kept, the four h."""
-    forward = functools.partial(call.functions.propagation_forward, chunk=call.chunk, keep=keep)
+    forward = functools.partial(call.functions.propagation_forward, **call.forward_options(keep))
     states = (call.axes.map_spec(4),) * (4 if keep else 0)
     specs = _propagation_specs(call, inputs[4])
     return sharded(forward, call.axes, specs, (call.axes.map_spec(4), states))(*inputs)
@@ -111,6 +119,54 @@ def _propagation_backward(call, residuals, grad_y):
 
 
 propagation.defvjp(_propagation_forward, _propagation_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def low_rank(call: Call, x, proxy, up: UpProjection, merge) -> jax.Array:
+    """`propagate_low_rank` after its checks, by kernels."""
+    return _propagate_low_rank(call, (x, proxy, up, merge), keep=False)[0]
+
+
+def _low_rank_forward(call, *inputs):
+    y, h = _propagate_low_rank(call, inputs, keep=True)
+    return y, (inputs, h)
+
+
+def _propagate_low_rank(call: Call, inputs: tuple, keep: bool) -> tuple[jax.Array, tuple]:
+    """y and, if they are kept, the four h."""
+    forward = functools.partial(call.functions.low_rank_forward, **call.forward_options(keep))
+    maps = call.axes.map_spec(4)
+    return sharded(forward, call.axes, _low_rank_specs(call, inputs[2]), (maps, (maps,) * (4 if keep else 0)))(*inputs)
+
+
+def _low_rank_backward(call, residuals, grad_y):
+    inputs, h = residuals
+    assert call.paths is not None
+    options = dict(chunk=call.chunk, path=call.paths.backward)
+
+    def backward(inputs, h, grad_y):
+        _, proxy, up, _ = inputs
+        grad_x, *of_maps, grad_merge = call.functions.low_rank_backward(*inputs, h, grad_y, **options)
+        of_proxy, of_up = gradients_of_maps(proxy, up, tuple(of_maps))
+        batch, channel = ((name,) if name else () for name in (call.axes.batch, call.axes.channel))
+        of_up = jax.tree.map(lambda grad: _summed(grad, batch), of_up)
+        of_up = of_up._replace(logits=_summed(of_up.logits, _over_shared_weights(call)))
+        of_up = jax.tree.map(lambda grad: grad.astype(proxy.dtype), of_up)
+        return grad_x, _summed(of_proxy, channel).astype(proxy.dtype), of_up, _summed(grad_merge, call.axes.names)
+
+    specs, maps = _low_rank_specs(call, inputs[2]), call.axes.map_spec(4)
+    return sharded(backward, call.axes, (specs, (maps,) * 4, maps), specs)(inputs, h, grad_y)
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def _low_rank_specs(call: Call, up: UpProjection) -> tuple:
+    """Partition specs of x, proxy, up and merge."""
+    maps: Any = PartitionSpec(None, None, call.axes.channel)
+    logits: Any = PartitionSpec(None, None, None, None if call.axes.shares_weights else call.axes.channel)
+    of_up = UpProjection(logits, maps, maps, None if up.skip is None else maps)
+    return call.axes.map_spec(4), PartitionSpec(call.axes.batch), of_up, PartitionSpec()
 
 
 def _propagation_specs(call: Call, skip: jax.Array | None) -> tuple:

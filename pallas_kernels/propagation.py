@@ -23,6 +23,7 @@ def propagate(
     chunk: int | None = None,
     alignment: str = "aligned",
     implementation: str | None = None,
+    path: str | None = None,
     batch_axis: str | None = "data",
     channel_axis: str | None = "model",
 ) -> jax.Array:
@@ -43,6 +44,8 @@ def propagate(
         computes, on square maps only: x is turned so that each direction becomes "right" (transposed for down and up,
         then mirrored for left and up), the maps are not, and the results are not turned back.
       implementation, batch_axis, channel_axis: as in `line_scan`.
+      path: of the Mosaic kernels, "fused" or "fused_on_chip"; None for the cheaper by the table of
+        `pallas_kernels.mosaic.paths`.
 
     Returns:
       y, (B, H, W, C) in x's dtype.
@@ -62,13 +65,20 @@ def propagate(
     if alignment == "unturned":
         if x.shape[1] != x.shape[2]:
             raise ValueError(f"alignment: 'unturned' expects a square map, got x of shape {x.shape}")
+        if path is not None:
+            raise ValueError(f"path: expected None with alignment 'unturned', got {path!r}")
         options = dict(chunk=chunk, implementation=implementation, batch_axis=batch_axis, channel_axis=channel_axis)
         return _unturned(x, logits, lam, gate, skip, merge, **options)
     dtypes = {array.dtype.name for array in (x, logits, lam, gate, skip) if array is not None}
+    weight_channels = logits.shape[-1]
+    choice = dispatch.choose_propagation(
+        "propagate", implementation, path, x, dtypes, chunk, weight_channels=weight_channels
+    )
     call = gradient.Call(
-        implementation=dispatch.choose("propagate", implementation, x.shape, chunk, dtypes),
+        implementation=choice.implementation,
         chunk=chunk,
-        axes=usable_axes(x.shape[0], x.shape[-1], logits.shape[-1], batch_axis, channel_axis),
+        axes=usable_axes(x.shape[0], x.shape[-1], weight_channels, batch_axis, channel_axis),
+        paths=choice.paths,
     )
     return gradient.propagation(call, *vary_alike(x, logits, lam, gate, skip, merge))
 

@@ -1,10 +1,13 @@
 """The GSPN module: maps from a low-rank proxy, and their propagation (GSPN, section 3)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import propagate
+from pallas_kernels import UpProjection, propagate, propagate_low_rank
+from pallas_kernels.up_projection import maps_of
 
 # Where the kernels load by TMA, rows of channels are multiples of 16 bytes.
 CHANNEL_MULTIPLE = 8
@@ -30,6 +33,7 @@ class GSPNMixer(nnx.Module):
         chunk: int | None = None,
         alignment: str = "aligned",
         implementation: str | None = None,
+        path: str | None = None,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -44,6 +48,7 @@ class GSPNMixer(nnx.Module):
         chunk: lines after which the scans restart (local GSPN); None: global, at every resolution.
         alignment: "aligned" or "unturned", as in `pallas_kernels.propagate`.
         implementation: of the propagation; None takes the fastest.
+        path: of the Mosaic kernels, as in `pallas_kernels.propagate_low_rank`; None for the cheapest by their table.
         dtype: of the computation; the hidden state is float32.
         """
         channels = features if propagation_channels is None else propagation_channels
@@ -53,7 +58,8 @@ class GSPNMixer(nnx.Module):
         weight_channels = channels if weight_channels is None else weight_channels
         if weight_channels < 1 or channels % weight_channels:
             raise ValueError(f"weight_channels: expected a divisor of {channels} channels, got {weight_channels}")
-        self.chunk, self.alignment, self.implementation, self.dtype = chunk, alignment, implementation, dtype
+        self.chunk, self.alignment, self.implementation, self.path = chunk, alignment, implementation, path
+        self.dtype = dtype
         self.channels, self.weight_channels = channels, weight_channels
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
@@ -93,24 +99,18 @@ class GSPNMixer(nnx.Module):
             array = jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, pad_groups), (0, pad_size)])
             return array.reshape(*array.shape[:-2], groups * size)
 
-        def maps(projection: nnx.Linear) -> jax.Array:
-            # Zero columns are added to the projection, not to its result: the maps are written once.
-            kernel = pad(projection.kernel[...].astype(self.dtype).reshape(-1, 4, self.channels))
-            return jnp.einsum("bhws,sdc->bhwdc", proxy, kernel)
+        def columns(projection: nnx.Linear) -> jax.Array:
+            # Zero columns are added to the projection, not to its result.
+            return pad(projection.kernel[...].astype(self.dtype).reshape(-1, 4, self.channels))
 
-        kernel = self.logits.kernel[...].astype(self.dtype).reshape(-1, 4, 3, self.weight_channels)
-        kernel = jnp.pad(kernel, [(0, 0)] * 3 + [(0, pad_groups)])
-        y = propagate(
-            pad(x),
-            jnp.einsum("bhws,sdkc->bhwdkc", proxy, kernel),
-            maps(self.lam),
-            maps(self.gate),
-            maps(self.skip),
-            self.merge[...],
-            chunk=self.chunk,
-            alignment=self.alignment,
-            implementation=self.implementation,
-        )
+        logits = self.logits.kernel[...].astype(self.dtype).reshape(-1, 4, 3, self.weight_channels)
+        logits = jnp.pad(logits, [(0, 0)] * 3 + [(0, pad_groups)])
+        up = UpProjection(logits, *(columns(projection) for projection in (self.lam, self.gate, self.skip)))
+        options: Any = dict(chunk=self.chunk, implementation=self.implementation, path=self.path)
+        if self.alignment == "aligned":
+            y = propagate_low_rank(pad(x), proxy, up, self.merge[...], **options)
+        else:
+            y = propagate(pad(x), *maps_of(proxy, up), self.merge[...], alignment=self.alignment, **options)
         y = self._unpad(y, groups, size)
         return y if self.expand is None else self.expand(y)
 

@@ -1,15 +1,26 @@
 """Networks, one file each, and their builders by name."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
 from gspn_jax.mixers import GSPNMixer, SoftmaxAttention
 from gspn_jax.models.classifier import Classifier
+from gspn_jax.models.generator import Generator
 from gspn_jax.models.report import layer_report, parameter_count
 
-__all__ = ["MODELS", "Classifier", "build", "layer_report", "parameter_count"]
+__all__ = [
+    "GENERATORS",
+    "MODELS",
+    "Classifier",
+    "Generator",
+    "build",
+    "build_generator",
+    "layer_report",
+    "parameter_count",
+]
 
 # GSPN-T/S/B at 1,000 classes have 31,510,268 / 50,773,346 / 93,061,108 parameters. gspn_nano is for images of 8 to 32
 # pixels: stem_stride 1 suits the smallest.
@@ -20,9 +31,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "gspn_nano": dict(widths=(32, 64, 128), depths=(1, 2, 2), proxy_rank=8, global_stages=(1, 2), stem_stride=2),
 }
 
+# GSPN-B/2, L/2 and XL/2 at 1,000 classes have 144,016,356 / 465,230,660 / 723,513,260 parameters. The number at the end
+# of a name is the patch.
+GENERATORS: dict[str, dict[str, Any]] = {
+    "gspn_s2": dict(width=368, depth=24, patch=2),
+    "gspn_s4": dict(width=368, depth=24, patch=4),
+    "gspn_b2": dict(width=900, depth=30, patch=2),
+    "gspn_b4": dict(width=900, depth=30, patch=4),
+    "gspn_l2": dict(width=1200, depth=56, patch=2),
+    "gspn_l4": dict(width=1200, depth=56, patch=4),
+    "gspn_xl2": dict(width=1500, depth=56, patch=2),
+    "gspn_xl4": dict(width=1500, depth=56, patch=4),
+}
+
 
 def build(name: str, *, num_classes: int, mixer: str = "gspn", rngs: nnx.Rngs, **options: Any) -> Classifier:
-    """The network of a preset.
+    """The classifier of a preset.
 
     Args:
       name: a key of `MODELS`.
@@ -33,26 +57,57 @@ def build(name: str, *, num_classes: int, mixer: str = "gspn", rngs: nnx.Rngs, *
     Raises:
       ValueError: an unknown name, mixer or option.
     """
-    if name not in MODELS:
-        raise ValueError(f"name: expected one of {', '.join(MODELS)}; got {name!r}")
-    mixers = {"gspn": _gspn, "attention": _attention}
-    if mixer not in mixers:
-        raise ValueError(f"mixer: expected one of {', '.join(mixers)}; got {mixer!r}")
-    unknown = sorted(set(options) - _CLASSIFIER_OPTIONS - _MIXER_OPTIONS)
-    if unknown:
-        known = ", ".join(sorted(_CLASSIFIER_OPTIONS | _MIXER_OPTIONS))
-        raise ValueError(
-            f"{unknown[0]}: expected an option of the model ({known}), got {unknown[0]}={options[unknown[0]]!r}"
-        )
-    options = {**MODELS[name], **options}
-    mixer_options = {key: options.pop(key) for key in _MIXER_OPTIONS & set(options)}
-    return Classifier(num_classes, mixer=functools.partial(mixers[mixer], **mixer_options), rngs=rngs, **options)
+    options = _merged(MODELS, name, options, _CLASSIFIER_OPTIONS)
+    return Classifier(num_classes, mixer=_take_mixer(mixer, options), rngs=rngs, **options)
+
+
+def build_generator(name: str, *, num_classes: int, mixer: str = "gspn", rngs: nnx.Rngs, **options: Any) -> Generator:
+    """The generator of a preset.
+
+    Args:
+      name: a key of `GENERATORS`.
+      num_classes: classes beside "no class".
+      mixer: "gspn", or "attention" for softmax attention in the same skeleton.
+      options: of `Generator` or, with mixer "gspn", of `GSPNMixer`; they replace those of the preset. By default
+        proxy_rank is width // 16, and the last two blocks are global: what the authors' program means to do.
+
+    Raises:
+      ValueError: an unknown name, mixer or option.
+    """
+    options = _merged(GENERATORS, name, options, _GENERATOR_OPTIONS)
+    options.setdefault("proxy_rank", max(options["width"] // 16, 1))
+    options.setdefault("global_blocks", (options["depth"] - 1, options["depth"]))
+    return Generator(num_classes, mixer=_take_mixer(mixer, options), rngs=rngs, **options)
 
 
 _CLASSIFIER_OPTIONS = frozenset(
     "widths depths global_stages chunk stem_stride expansion mlp_ratio drop_path activation remat dtype".split()
 )
+_GENERATOR_OPTIONS = frozenset("width depth patch in_channels chunk global_blocks drop_path remat dtype".split())
 _MIXER_OPTIONS = frozenset("proxy_rank weight_channels propagation_channels alignment implementation".split())
+
+
+def _merged(
+    presets: dict[str, dict[str, Any]], name: str, options: dict[str, Any], known: frozenset[str]
+) -> dict[str, Any]:
+    if name not in presets:
+        raise ValueError(f"name: expected one of {', '.join(presets)}; got {name!r}")
+    known = known | _MIXER_OPTIONS
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: expected an option of the model ({', '.join(sorted(known))}), "
+            f"got {unknown[0]}={options[unknown[0]]!r}"
+        )
+    return {**presets[name], **options}
+
+
+def _take_mixer(mixer: str, options: dict[str, Any]) -> Callable[..., nnx.Module]:
+    """The builder of a mixer, with its options, which leave `options`."""
+    mixers = {"gspn": _gspn, "attention": _attention}
+    if mixer not in mixers:
+        raise ValueError(f"mixer: expected one of {', '.join(mixers)}; got {mixer!r}")
+    return functools.partial(mixers[mixer], **{key: options.pop(key) for key in _MIXER_OPTIONS & set(options)})
 
 
 def _gspn(features: int, **options: Any) -> nnx.Module:

@@ -83,7 +83,24 @@ def residual(x: jax.Array, branch: Callable[[jax.Array], jax.Array], rate: float
     """x + branch(x) with stochastic depth: an image loses the branch with probability `rate`, else it counts
     1 / (1 - rate) times. `key` None keeps every branch."""
     y = branch(x)
-    if key is None or rate == 0:
-        return x + y
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1, 1))
-    return x + jnp.where(keep, y / jnp.asarray(1 - rate, y.dtype), 0)
+    return x + (y if key is None or rate == 0 else drop_path(y, rate, key))
+
+
+def drop_path(y: jax.Array, rate: float | jax.Array, key: jax.Array) -> jax.Array:
+    """y (B, H, W, C), where an image is 0 with probability `rate`, which may be traced, else 1 / (1 - rate) times y."""
+    keep = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1, 1))
+    return jnp.where(keep, y / jnp.asarray(1 - rate, y.dtype), 0)
+
+
+def patches(maps: jax.Array, size: int) -> jax.Array:
+    """(B, H, W, C) to (B, H / size, W / size, size * size * C); a patch is flattened as (row, column, channel)."""
+    batch, height, width, channels = maps.shape
+    maps = maps.reshape(batch, height // size, size, width // size, size, channels)
+    return maps.swapaxes(2, 3).reshape(batch, height // size, width // size, size * size * channels)
+
+
+def unpatched(tokens: jax.Array, size: int) -> jax.Array:
+    """The way back: (B, H / size, W / size, size * size * C) to (B, H, W, C)."""
+    batch, rows, columns, features = tokens.shape
+    tokens = tokens.reshape(batch, rows, columns, size, size, features // size**2)
+    return tokens.swapaxes(2, 3).reshape(batch, rows * size, columns * size, features // size**2)

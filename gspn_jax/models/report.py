@@ -47,4 +47,5 @@ def _describe(mixer: GSPNMixer, choice: Choice) -> str:
     _, height, width, channels = choice.shape
     reach = "global" if mixer.chunk is None else f"chunk {mixer.chunk}"
     where = f"{height}x{width}x{channels}, {reach}, {mixer.alignment}"
-    return f"{choice.operation} {where}: {choice.implementation} ({choice.reason})"
+    kernels = "" if choice.paths is None else f", {choice.paths}"
+    return f"{choice.operation} {where}: {choice.implementation}{kernels} ({choice.reason})"

@@ -1,4 +1,4 @@
-"""The classifiers that the authors of GSPN released: their parameter names to ours, and back."""
+"""The networks that the authors of GSPN released: their parameter names to ours, and back for the classifiers."""
 
 import functools
 import re
@@ -11,19 +11,24 @@ from flax import nnx
 
 from gspn_jax.mixers import GSPNMixer
 from gspn_jax.models.classifier import Classifier
+from gspn_jax.models.generator import Generator
+from gspn_jax.weights.torch_layouts import Row, filled, to_theirs, unwrapped
 
-# One row for each parameter of a block: our path in it, their name in it, and how theirs is laid out.
-_BLOCK = [
+# One row for each parameter of a mixer or block: our path in it, their name in it, and how theirs is laid out.
+_MIXER = [
+    ("proxy/kernel", "x_conv_down.weight", "linear"),
+    ("logits/kernel", "w_conv_up.weight", "logits"),
+    ("lam/kernel", "l_conv_up.weight", "linear"),
+    ("gate/kernel", "u_conv_up.weight", "linear"),
+    ("skip/kernel", "d_conv.weight", "linear"),
+    ("merge", "m_conv.weight", "vector"),
+]
+_CLASSIFIER_BLOCK = [
     ("norm/scale", "norm.weight", "vector"),
     ("norm/bias", "norm.bias", "vector"),
     ("widen/kernel", "op.in_proj.weight", "linear"),
     ("depthwise/kernel", "op.conv2d.weight", "conv"),
-    ("mixer/proxy/kernel", "op.x_conv_down.weight", "linear"),
-    ("mixer/logits/kernel", "op.w_conv_up.weight", "logits"),
-    ("mixer/lam/kernel", "op.l_conv_up.weight", "linear"),
-    ("mixer/gate/kernel", "op.u_conv_up.weight", "linear"),
-    ("mixer/skip/kernel", "op.d_conv.weight", "linear"),
-    ("mixer/merge", "op.m_conv.weight", "vector"),
+    *((f"mixer/{ours}", f"op.{theirs}", layout) for ours, theirs, layout in _MIXER),
     ("mixer_norm/scale", "op.out_norm.weight", "vector"),
     ("mixer_norm/bias", "op.out_norm.bias", "vector"),
     ("response_norm/scale", "op.grn.gamma", "vector"),
@@ -35,6 +40,36 @@ _BLOCK = [
     ("mlp/widen/bias", "mlp.fc1.bias", "vector"),
     ("mlp/narrow/kernel", "mlp.fc2.weight", "linear"),
     ("mlp/narrow/bias", "mlp.fc2.bias", "vector"),
+]
+_GENERATOR_BLOCK = [
+    ("norm/scale", "norm.weight", "vector"),
+    ("norm/bias", "norm.bias", "vector"),
+    ("project/kernel", "in_proj.weight", "linear"),
+    ("depthwise/kernel", "conv2d.weight", "conv"),
+    ("depthwise/bias", "conv2d.bias", "vector"),
+    *((f"mixer/{ours}", theirs, layout) for ours, theirs, layout in _MIXER),
+    ("forward_in/kernel", "out_conv.weight", "linear"),
+    ("forward_depthwise/kernel", "out_dconv.weight", "conv"),
+    ("forward_out/kernel", "out_proj.weight", "linear"),
+]
+_LONG_SKIP = [
+    ("long_skip/kernel", "skip_linear.weight", "linear"),
+    ("long_skip/bias", "skip_linear.bias", "vector"),
+]
+_GENERATOR_ENDS = [
+    ("embed/kernel", "x_embedder.proj.weight", "patch"),
+    ("embed/bias", "x_embedder.proj.bias", "vector"),
+    ("conditioning/first/kernel", "t_embedder.mlp.0.weight", "linear"),
+    ("conditioning/first/bias", "t_embedder.mlp.0.bias", "vector"),
+    ("conditioning/second/kernel", "t_embedder.mlp.2.weight", "linear"),
+    ("conditioning/second/bias", "t_embedder.mlp.2.bias", "vector"),
+    ("conditioning/label/embedding", "y_embedder.embedding_table.weight", "table"),
+    ("norm/scale", "norm_f.weight", "vector"),
+    ("norm/bias", "norm_f.bias", "vector"),
+    ("head/modulation/kernel", "final_layer.adaLN_modulation.1.weight", "linear"),
+    ("head/modulation/bias", "final_layer.adaLN_modulation.1.bias", "vector"),
+    ("head/linear/kernel", "final_layer.linear.weight", "linear"),
+    ("head/linear/bias", "final_layer.linear.bias", "vector"),
 ]
 # Theirs are 4-D where a 1x1 convolution or a GRN holds them; the way back makes them so again.
 _POINTWISE = re.compile(r"(x_conv_down|w_conv_up|l_conv_up|u_conv_up|d_conv|m_conv)\.weight$")
@@ -65,7 +100,7 @@ def nvlabs_classifier(
     Raises:
       ValueError: a parameter is missing, is left over, or has a shape that does not fit.
     """
-    arrays = _unwrapped(arrays)
+    arrays = unwrapped(arrays)
     sizes = nvlabs_classifier_sizes(arrays)
     proxy_rank = sizes.pop("proxy_rank")
     mixer = functools.partial(GSPNMixer, proxy_rank=proxy_rank, alignment=alignment)
@@ -73,32 +108,15 @@ def nvlabs_classifier(
         Classifier, **sizes, mixer=mixer, chunk=chunk, global_stages=tuple(global_stages), dtype=dtype
     )
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    flat = dict(nnx.to_flat_state(state))
-    left = dict(arrays)
-    for path, name, layout in _names(sizes["depths"]):
-        if name not in left:
-            raise ValueError(f"arrays: expected a parameter {name}, which is missing")
-        variable = flat[path]
-        value = _to_ours(np.asarray(left.pop(name)), layout)
-        if value.shape != variable.shape:
-            raise ValueError(
-                f"arrays: expected {name} to give a parameter of shape {variable.shape}, got {value.shape}"
-            )
-        flat[path] = variable.replace(jnp.asarray(value, variable.dtype))
-    if left:
-        raise ValueError(
-            f"arrays: expected the parameters of a GSPN classifier, got {len(left)} more: {', '.join(sorted(left)[:5])}"
-        )
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    return filled(model, _classifier_rows(sizes["depths"]), arrays, kind="GSPN classifier")
 
 
 def nvlabs_classifier_arrays(model: Classifier) -> dict[str, np.ndarray]:
     """The way back: the parameters of a four-stage classifier with GSPN mixers under the authors' names and shapes."""
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     arrays = {}
-    for path, name, layout in _names([len(stage) for stage in model.stages]):
-        array = _to_theirs(np.asarray(state[path][...]), layout)
+    for path, name, layout in _classifier_rows([len(stage) for stage in model.stages]):
+        array = to_theirs(np.asarray(state[path][...]), layout)
         if _POINTWISE.search(name):
             array = array.reshape(1, 4, 1, 1) if "m_conv" in name else array[..., None, None]
         elif _MAP_VECTOR.search(name):
@@ -107,7 +125,7 @@ def nvlabs_classifier_arrays(model: Classifier) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _names(depths: Sequence[int]) -> Iterator[tuple[tuple, str, str]]:
+def _classifier_rows(depths: Sequence[int]) -> Iterator[tuple[tuple, str, str]]:
     """Our path, their name and its layout, of every parameter."""
 
     def pair(ours, theirs, kind="conv"):
@@ -120,7 +138,7 @@ def _names(depths: Sequence[int]) -> Iterator[tuple[tuple, str, str]]:
     yield from pair(("stem", "second_norm"), "patch_embed.7", "vector")
     for stage, depth in enumerate(depths):
         for index in range(depth):
-            for ours, theirs, layout in _BLOCK:
+            for ours, theirs, layout in _CLASSIFIER_BLOCK:
                 yield ("stages", stage, index, *ours.split("/")), f"layers.{stage}.blocks.{index}.{theirs}", layout
         if stage + 1 < len(depths):
             yield from pair(("downsamples", stage, "conv"), f"layers.{stage}.downsample.1")
@@ -129,29 +147,15 @@ def _names(depths: Sequence[int]) -> Iterator[tuple[tuple, str, str]]:
     yield from pair(("head",), "classifier.head", "linear")
 
 
-def _unwrapped(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    while set(arrays) & {"model", "state_dict"} and isinstance(
-        wrapped := arrays.get("model", arrays.get("state_dict")), Mapping
-    ):
-        arrays = wrapped
-    if any(name.startswith("param/") for name in arrays):  # a file that holds inputs and outputs too
-        arrays = {name.removeprefix("param/"): a for name, a in arrays.items() if name.startswith("param/")}
-    return {name.removeprefix("module."): array for name, array in arrays.items()}
-
-
 def nvlabs_classifier_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """num_classes, widths, depths, proxy_rank, expansion and mlp_ratio of what `nvlabs_classifier` takes.
 
     Raises:
       ValueError: the parameters that tell them are missing.
     """
-    arrays = _unwrapped(arrays)
+    arrays = unwrapped(arrays)
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in arrays:
-            raise ValueError(f"arrays: expected a parameter {name}, which is missing; got {len(arrays)} other names")
-        return np.shape(arrays[name])
-
+    shape = functools.partial(_shape, arrays)
     blocks = [
         match.groups() for match in (re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name) for name in arrays) if match
     ]
@@ -172,22 +176,76 @@ def nvlabs_classifier_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _to_ours(array: np.ndarray, layout: str) -> np.ndarray:
-    if layout == "vector":
-        return array.reshape(-1)
-    if layout == "conv":  # (out, in, row, column)
-        return array.transpose(2, 3, 1, 0)
-    array = array.reshape(array.shape[0], -1).T  # (in, out)
-    if layout == "logits":  # theirs count (slot, direction, channel), ours (direction, slot, channel)
-        array = array.reshape(array.shape[0], 3, 4, -1).swapaxes(1, 2).reshape(array.shape)
-    return array
+def nvlabs_generator(
+    arrays: Mapping[str, Any],
+    *,
+    alignment: str = "unturned",
+    chunk: int | None = 2,
+    global_blocks: Sequence[int] = (),
+    dtype: jnp.dtype = jnp.float32,
+) -> Generator:
+    """A released GSPN generator, or any network of its form; every size is read off the shapes.
+
+    Args:
+      arrays: their parameter names to arrays, wrapped or not as in `nvlabs_classifier`; of a checkpoint that holds
+        {"ema": ...} too, these, the moving averages, are taken.
+      alignment: "unturned" is what the released parameters were trained with.
+      chunk: lines of a local block.
+      global_blocks: blocks that propagate globally, counted from 0 in order of execution. None is what the released
+        parameters were trained with: their program means the last two and leaves all blocks local.
+      dtype: of the computation.
+
+    Returns:
+      the network, called on latents (B, H, W, 4), timestep (B,) and label (B,).
+
+    Raises:
+      ValueError: a parameter is missing, is left over, or has a shape that does not fit.
+    """
+    arrays = unwrapped(arrays, wrappers=("ema", "model", "state_dict"))
+    sizes = nvlabs_generator_sizes(arrays)
+    mixer = functools.partial(GSPNMixer, proxy_rank=sizes.pop("proxy_rank"), alignment=alignment)
+    build = functools.partial(
+        Generator, **sizes, mixer=mixer, chunk=chunk, global_blocks=tuple(global_blocks), dtype=dtype
+    )
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    return filled(model, _generator_rows(sizes["depth"] // 2), arrays, kind="GSPN generator")
 
 
-def _to_theirs(array: np.ndarray, layout: str) -> np.ndarray:
-    if layout == "vector":
-        return array
-    if layout == "conv":
-        return array.transpose(3, 2, 0, 1)
-    if layout == "logits":
-        array = array.reshape(array.shape[0], 4, 3, -1).swapaxes(1, 2).reshape(array.shape)
-    return array.T
+def _generator_rows(half: int) -> Iterator[Row]:
+    for ours, theirs, layout in _GENERATOR_ENDS:
+        yield tuple(ours.split("/")), theirs, layout
+    for ours, theirs, layout in _GENERATOR_BLOCK:
+        yield ("mid_block", *ours.split("/")), f"mid_block.{theirs}", layout
+    for stack, rows in (("in_blocks", _GENERATOR_BLOCK), ("out_blocks", _GENERATOR_BLOCK + _LONG_SKIP)):
+        for ours, theirs, layout in rows:
+            yield (stack, *ours.split("/")), [f"{stack}.{index}.{theirs}" for index in range(half)], layout
+
+
+def nvlabs_generator_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """num_classes, width, depth, patch, in_channels and proxy_rank of what `nvlabs_generator` takes.
+
+    Raises:
+      ValueError: the parameters that tell them are missing.
+    """
+    arrays = unwrapped(arrays, wrappers=("ema", "model", "state_dict"))
+    blocks = [int(match[1]) for match in (re.match(r"in_blocks\.(\d+)\.", name) for name in arrays) if match]
+    if not blocks:
+        raise ValueError(f"arrays: expected parameters named in_blocks.<index>..., got {len(arrays)} other names")
+    embed = _shape(arrays, "x_embedder.proj.weight")
+    if len(embed) != 4:
+        raise ValueError(f"arrays: expected x_embedder.proj.weight to have 4 axes, got shape {embed}")
+    width, in_channels, patch, _ = embed
+    return dict(
+        num_classes=_shape(arrays, "y_embedder.embedding_table.weight")[0] - 1,  # the last is "no class"
+        width=width,
+        depth=2 * (1 + max(blocks)),
+        patch=patch,
+        in_channels=in_channels,
+        proxy_rank=_shape(arrays, "mid_block.x_conv_down.weight")[0],
+    )
+
+
+def _shape(arrays: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    if name not in arrays:
+        raise ValueError(f"arrays: expected a parameter {name}, which is missing; got {len(arrays)} other names")
+    return np.shape(arrays[name])

@@ -47,13 +47,15 @@ class Weights:
         primitives.fetch(source, target, barrier)
 
     def read(self, ref: Any):
-        """Weights as (rows, channels) tiles, and what `gradients` needs."""
+        """Weights as (rows, channels) tiles from what `fetch` brought, and what `gradients` needs."""
         if self.is_shared:
-            given = [primitives.load_pixels(ref.at[k], self.channels) for k in range(SLOTS)]
-            pixel = self.walk.pixel + primitives.pixel_numbers(self.rows, self.channels)
-        else:
-            given = [primitives.load(ref.at[:, k]) for k in range(SLOTS)]
-            pixel = self.walk.pixel + primitives.pixels(self.rows, self.channels)
+            return self.weights([primitives.load_pixels(ref.at[k], self.channels) for k in range(SLOTS)])
+        return self.weights([primitives.load(ref.at[:, k]) for k in range(SLOTS)])
+
+    def weights(self, given: list[jax.Array]):
+        """As `read`, from what was given in registers: (rows, channels) tiles, or (rows,) where they are shared."""
+        numbers = primitives.pixel_numbers if self.is_shared else primitives.pixels
+        pixel = self.walk.pixel + numbers(self.rows, self.channels)
         weights, kept = given, None
         if self.from_logits:
             parts, factor = normalisation.shares(given)

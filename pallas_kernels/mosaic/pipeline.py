@@ -35,7 +35,7 @@ class Pipeline:
     """
 
     def __init__(self, shape: tuple[int, ...], direction: str, chunk: int | None, tile: Tile, reverse: bool):
-        self.batch, self.channels = shape[0], shape[-1]
+        self.shape, self.batch, self.channels = shape, shape[0], shape[-1]
         self.axis, self.back = walked_axis(direction), walks_back(direction)
         self.lines, self.length = shape[self.axis], shape[3 - self.axis]
         self.chunk = min(chunk or self.lines, self.lines)
@@ -129,31 +129,38 @@ class Pipeline:
 
     def walk(
         self,
-        load: Callable[[Any, Any], None],
+        load: Callable[[Any, Any], None] | None,
         compute: Callable[[Any, Any, Any, Any, Any], Any],
         store: Callable[[Any, Any], None],
         arrived: Any,
         joint: Any,
         carry: Any,
+        *,
+        before: int = 0,
+        following: Callable[[Any, Any], None] | None = None,
     ) -> Any:
         """Loads, computes and stores line after line.
 
         Args:
-          load: load(n, slot) starts the copies of line n into a slot of the ring.
+          load: load(n, slot) starts the copies of line n into a slot of the ring; None if there is nothing to copy.
           compute: compute(n, slot, out, now, carry) reads the slot and the state buffer `now`, 0 or 1, writes the other
             state buffer and the results `out`, and returns the new carry.
           store: store(n, out) starts the copies of the results.
           arrived: barriers of the slots, `stages` for each warpgroup.
           joint: the barrier of the warpgroups.
           carry: what a thread keeps from line to line.
+          before: lines that other walks of the kernel have passed; they have started the copies of the first ones here.
+          following: `load` of the walk after this one, which has as many lines as there are slots, or more.
         """
         stages, stores = self.stages, self.tile.stores
-        for n in range(stages):
-            pl.when(n < self.count)(functools.partial(load, n, n))
+        if load is not None and not before:
+            for n in range(stages):
+                pl.when(n < self.count)(functools.partial(load, n, n))
 
         def line(n, carry):
-            slot, out = lax.rem(n, stages), lax.rem(n, stores)
-            primitives.wait(arrived.at[self.warpgroup * stages + slot])
+            slot, out = lax.rem(before + n, stages), lax.rem(before + n, stores)
+            if load is not None:
+                primitives.wait(arrived.at[self.warpgroup * stages + slot])
             primitives.wait_stored(stores - 1)  # the results that lay in `out` have left
             carry = compute(n, slot, out, lax.rem(n, 2), carry)
             # One barrier orders four things: the new state is there before a thread reads its neighbours', the results
@@ -161,7 +168,10 @@ class Pipeline:
             primitives.commit()
             store(n, out)
             primitives.end_group()
-            pl.when(n + stages < self.count)(functools.partial(load, n + stages, slot))
+            if load is not None:
+                pl.when(n + stages < self.count)(functools.partial(load, n + stages, slot))
+            if following is not None:
+                pl.when(n + stages >= self.count)(functools.partial(following, n + stages - self.count, slot))
             self.meet(joint)
             return carry
 

@@ -48,10 +48,13 @@ def _layout(rows: int, channels: int) -> Any:
     return make(tiled.tiling, tiled.warp_dims, tiled.lane_dims, tiled.vector_dim)
 
 
-def load(ref: Any) -> jax.Array:
-    """A (rows, channels) tile from shared memory, as float32."""
+def load(ref: Any, *, is_part: bool = False) -> jax.Array:
+    """A (rows, channels) tile from shared memory, as float32.
+
+    `is_part`: of a larger array, with other values between its rows, so that their banks may be the same.
+    """
     rows, channels = ref.shape
-    return plgpu.load(ref, layout=_layout(rows, channels)).astype(jnp.float32)
+    return plgpu.load(ref, layout=_layout(rows, channels), optimized=not is_part).astype(jnp.float32)
 
 
 def load_pixels(ref: Any, channels: int) -> jax.Array:
@@ -106,6 +109,38 @@ def meet(barrier: Any) -> None:
     """All warpgroups of the CTA wait for each other."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
+
+
+def factor(rows: int, columns: int, swizzle: int, dtype: Any, copies: int) -> Any:
+    """Shared memory for `copies` factors of matrix products, in the order that tensor cores read; 16-bit dtypes."""
+    size = jnp.dtype(dtype).itemsize
+    tiling: Any = plgpu.TilingTransform
+    swizzled: Any = plgpu.SwizzleTransform
+    transforms = tiling((8, swizzle // size)), swizzled(swizzle)
+    return plgpu.SMEM((copies, rows, columns), dtype, transforms=transforms)
+
+
+def common_swizzle(*columns: int) -> int:
+    """Bytes after which the order of both factors of a product repeats; their 16-bit columns in multiples of 16."""
+    return next(swizzle for swizzle in (128, 64, 32) if all(2 * count % swizzle == 0 for count in columns))
+
+
+def multiply(left: Any, right: Any, result: Any, meanwhile: Callable[[], Any] = lambda: None) -> Any:
+    """result = left @ right of refs (64 n, k), (k, m) and (64 n, m): sums in float32, in the result's dtype.
+
+    The result is there for others after `commit`, which must also come before either factor is overwritten. Tensor
+    cores work while `meanwhile()` runs, whose result is returned.
+    """
+
+    def product(sums):
+        plgpu.wgmma(sums, left, right)
+        found = meanwhile()
+        plgpu.wgmma_wait(0)
+        result[...] = sums[...].astype(result.dtype)
+        return found
+
+    sums: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+    return pl.run_scoped(product, sums((left.shape[0], right.shape[1]), jnp.float32))
 
 
 def fetch(source: Any, target: Any, barrier: Any) -> None:

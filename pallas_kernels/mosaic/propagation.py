@@ -2,13 +2,13 @@
 
 One launch for each direction, one after the other: each adds its share to y, so that no two CTAs update the same place
 and results are the same from run to run. y is float32 until the last direction writes it in x's dtype. In bfloat16 the
-forward kernels move 82 bytes per pixel and channel: four times x and 6 maps, and 26 for y; 90 with the four h, which
-are written under differentiation alone. The backward kernels move 146: four times x, h, the gradient of y, 6 maps and
-their gradients, and 26 for the gradient of x. Recomputing h instead would cost a forward pass, 40 bytes, against the 16
-that writing and reading it takes.
+forward kernels move 82 bytes per pixel and channel if the maps are in memory: four times x and 6 maps, and 26 for y; 90
+with the four h, which are written under differentiation alone. The backward kernels move 146: four times x, h, the
+gradient of y, 6 maps and their gradients, and 26 for the gradient of x. Recomputing h instead would cost a forward
+pass, 40 bytes, against the 16 that writing and reading it takes. Maps that a kernel makes (`maps.Made`) are not read:
+34, 42 and 98 bytes are left. `on_chip` walks small maps in one launch.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,17 +19,14 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.directions import DIRECTIONS
 from pallas_kernels.mosaic import primitives
-from pallas_kernels.mosaic.line_scan import Weights
+from pallas_kernels.mosaic.maps import Given, Made, Read
 from pallas_kernels.mosaic.pipeline import Pipeline, StateLines
 from pallas_kernels.mosaic.tiles import Tile
 
 
 def propagate_forward(
     x: jax.Array,
-    logits: Sequence[jax.Array],
-    lam: jax.Array,
-    gate: jax.Array,
-    skip: jax.Array | None,
+    maps: Sequence[Given | Made],
     merge: jax.Array,
     *,
     chunk: int | None,
@@ -40,17 +37,14 @@ def propagate_forward(
     """y of `propagate`, and the four h in x's dtype, or none of them if they are not to be kept.
 
     Args:
-      logits: for each direction, in a form of `line_scan`, or one (B, H, W, 12, C) for all of them four times.
-      lam, gate, skip: (B, H, W, 4, C); skip may be None.
+      maps, tiles: for each direction.
       merge: (B, 4) float32.
-      tiles: for each direction.
     """
     y, states = None, []
-    for d, direction in enumerate(DIRECTIONS):
-        maps = Maps(x, logits[d], lam, gate, skip, merge)
+    for d in range(len(DIRECTIONS)):
         dtype = x.dtype if d == len(DIRECTIONS) - 1 else jnp.float32
         y, h = _direction_forward(
-            maps, y, direction, d, chunk, dtype=dtype, keep=keep, tile=tiles[d], interpret=interpret
+            x, maps[d], merge, y, d, chunk, dtype=dtype, keep=keep, tile=tiles[d], interpret=interpret
         )
         states += [] if h is None else [h]
     assert y is not None
@@ -59,10 +53,7 @@ def propagate_forward(
 
 def propagate_backward(
     x: jax.Array,
-    logits: Sequence[jax.Array],
-    lam: jax.Array,
-    gate: jax.Array,
-    skip: jax.Array | None,
+    maps: Sequence[Given | Made],
     merge: jax.Array,
     h: Sequence[jax.Array],
     grad_y: jax.Array,
@@ -71,49 +62,52 @@ def propagate_backward(
     tiles: Sequence[Tile],
     interpret: bool,
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], jax.Array]:
-    """Gradients of x; of logits, an array for each different one that came; of lam, gate and skip; and of merge (B, 4).
+    """Gradients of x; of logits, an array for each different form; of lam, gate and skip if any; of merge (B, 4).
 
-    Arguments as in `propagate_forward`. The gradient of shared logits is in parts, as from `line_scan.scan_backward`.
+    Arguments as in `propagate_forward`. The gradient of shared logits is one array for each direction and in parts, as
+    from `line_scan.scan_backward`; others are (B, H, W, 12, C), and (B, H, W, 4, C) of the maps.
     """
-    grad_x, of_merge, of_logits = None, [], {}
-    of_maps = [primitives.blank(a.shape, a.dtype, interpret) for a in (lam, gate, skip) if a is not None]
+    grad_x, of_merge, of_logits, of_maps = None, [], [], []
     for d, direction in enumerate(DIRECTIONS):
-        maps = Maps(x, logits[d], lam, gate, skip, merge)
-        if id(logits[d]) not in of_logits:
-            walk = Pipeline(x.shape, direction, chunk, tiles[d], reverse=True)
-            like = Weights(walk, logits[d], True).gradient_like(logits[d])
-            of_logits[id(logits[d])] = primitives.blank(like.shape, like.dtype, interpret)
+        source = maps[d].of(Pipeline(x.shape, direction, chunk, tiles[d], reverse=True), d, alone=True)
+        if source.mix.is_shared or not of_logits:
+            of_logits.append(primitives.blank(source.gradients[0].shape, source.gradients[0].dtype, interpret))
+        of_maps = of_maps or [primitives.blank(a.shape, a.dtype, interpret) for a in source.gradients[1:]]
         dtype = x.dtype if d == len(DIRECTIONS) - 1 else jnp.float32
-        grads = [of_logits[id(logits[d])], *of_maps]
         grad_x, sums = _direction_backward(
-            maps, h[d], grad_y, grad_x, grads, direction, d, chunk, dtype=dtype, tile=tiles[d], interpret=interpret
+            source, x, merge, h[d], grad_y, grad_x, [of_logits[-1], *of_maps], dtype=dtype, interpret=interpret
         )
         of_merge.append(jnp.sum(sums, axis=(0, 2, 3, 4, 5)))
     assert grad_x is not None
-    return grad_x, [ref[...] for ref in of_logits.values()], [ref[...] for ref in of_maps], jnp.stack(of_merge, axis=1)
+    return grad_x, [ref[...] for ref in of_logits], [ref[...] for ref in of_maps], jnp.stack(of_merge, axis=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Maps:
-    """The inputs of one direction. `weights` in a form of `line_scan`, the maps (B, H, W, 4, C); `skip` may be None."""
+def advance(
+    maps: Read, x: jax.Array, merge: jax.Array, neighbours: Sequence[jax.Array], dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The next line of the state, how it is kept in `dtype`, and its share of y; (rows, channels) tiles.
 
-    x: jax.Array
-    logits: jax.Array
-    lam: jax.Array
-    gate: jax.Array
-    skip: jax.Array | None
-    merge: jax.Array  # (B, 4) float32
-
-    @property
-    def of_direction(self) -> list[jax.Array]:
-        """lam, gate and skip where there is one."""
-        return [self.lam, self.gate, *([] if self.skip is None else [self.skip])]
+    Args:
+      x: of the line, float32.
+      merge: scalar of the direction.
+      neighbours: the state of the line before at the pixel of smaller index, the same, and larger index.
+    """
+    smaller, same, larger = neighbours
+    w = maps.weights
+    h = w[1] * same + (w[0] * smaller + w[2] * larger) + maps.lam * x
+    kept = h.astype(dtype)
+    # What the gate meets is h as it is kept, so that forward and backward agree.
+    part = maps.gate * kept.astype(jnp.float32)
+    if maps.skip is not None:
+        part += maps.skip * x
+    return h, kept, part * merge
 
 
 def _direction_forward(
-    maps: Maps,
+    x: jax.Array,
+    maps: Given | Made,
+    merge: jax.Array,
     y: jax.Array | None,
-    direction: str,
     slot: int,
     chunk: int | None,
     *,
@@ -130,60 +124,59 @@ def _direction_forward(
       dtype: of the result.
       keep: whether h is wanted.
     """
-    walk = Pipeline(maps.x.shape, direction, chunk, tile, reverse=False)
-    state, mix = StateLines(walk, 1), Weights(walk, maps.logits, True, slot)
+    walk = Pipeline(x.shape, DIRECTIONS[slot], chunk, tile, reverse=False)
+    state, source = StateLines(walk, 1), maps.of(walk, slot, alone=True)
     rows, channels, warpgroups = tile.rows, tile.channels, tile.warpgroups
-    tiles = [(maps.x, ()), *((array, (slot,)) for array in maps.of_direction), *([] if y is None else [(y, ())])]
+    tiles = [x, *([] if y is None else [y])]
 
     def body(launch, *refs):
         refs = list(refs)
-        sources = [refs.pop(0) for _ in tiles]
-        w_ref, merge_ref, given, y_ref = (refs.pop(0) for _ in range(4))
+        tile_refs, map_refs = take(refs, tiles), take(refs, source.inputs)
+        merge_ref, given, y_ref = take(refs, range(3))
         h_ref: Any = refs.pop(0) if keep else None
         passed = refs.pop(0)
-        rings = [refs.pop(0) for _ in tiles]
-        w_in, y_out = refs.pop(0), refs.pop(0)
+        rings, map_scratch = take(refs, tiles), take(refs, source.scratch)
+        y_out = refs.pop(0)
         h_out: Any = refs.pop(0) if keep else None
         lines, arrived, joint = refs
         walk.enter(launch)
+        source.enter(map_refs, map_scratch)
         own = walk.warpgroup
         merge = merge_ref[walk.image, slot]
 
         def load(n, at):
             barrier = arrived.at[own * walk.stages + at]
-            for ref, ring, (_, slots) in zip(sources, rings, tiles, strict=True):
-                primitives.fetch(walk.at(ref, walk.line(n), walk.rows(), *slots), ring.at[own, at], barrier)
-            mix.fetch(w_ref, w_in.at[own, at], n, barrier)
+            for ref, ring in zip(tile_refs, rings, strict=True):
+                primitives.fetch(walk.at(ref, walk.line(n), walk.rows()), ring.at[own, at], barrier)
+            source.fetch(n, at, barrier)
 
         def compute(n, at, out, now, same):
-            w, _ = mix.read(w_in.at[own, at])
+            read = source.read(n, at)
             smaller, larger = (primitives.load(lines.at[now, 0, state.rows(shift)]) for shift in (-1, 1))
-            x, lam, gate, *others = (primitives.load(ring.at[own, at]) for ring in rings)
-            h = w[1] * same + (w[0] * smaller + w[2] * larger) + lam * x
-            lines[1 - now, 0, state.rows()] = h
-            kept = h.astype(maps.x.dtype)
-            # What the gate meets is h as it is kept, so that forward and backward agree.
-            part = gate * kept.astype(jnp.float32)
-            if maps.skip is not None:
-                part += others[0] * x
-            part *= merge
-            if y is not None:
-                part += others[-1]
-            y_out[own, out] = part.astype(dtype)
-            if keep:
-                h_out[own, out] = kept
-            return h
+            x_line, *before = (primitives.load(ring.at[own, at]) for ring in rings)
+
+            def arithmetic():
+                h, kept, part = advance(read, x_line, merge, (smaller, same, larger), x.dtype)
+                lines[1 - now, 0, state.rows()] = h
+                y_out[own, out] = sum(before, part).astype(dtype)
+                if keep:
+                    h_out[own, out] = kept
+                return h
+
+            return source.during(n, arithmetic)
 
         def store(n, out):
             walk.store(y_out.at[own, out], y_ref, n)
             if keep:
                 walk.store(h_out.at[own, out], h_ref, n)
 
+        source.start()
         state.clear(lines, joint)
         same = primitives.zeros(rows, channels)
         if tile.ghost:
             state.receive(lines, given, [(0, 0)], joint)
             same = primitives.load(lines.at[0, 0, state.rows()])
+        source.prepare()
         walk.walk(load, compute, store, arrived, joint, same)
         if tile.ghost:
             state.send(lines, [(lax.rem(walk.count, 2), 0)], passed)
@@ -191,32 +184,29 @@ def _direction_forward(
 
     memory = primitives.shared_memory
     scratch = [
-        *(memory((warpgroups, walk.stages, rows, channels), array.dtype) for array, _ in tiles),
-        memory((warpgroups, walk.stages, *mix.tile), maps.logits.dtype),
+        *(memory((warpgroups, walk.stages, rows, channels), array.dtype) for array in tiles),
+        *source.scratch,
         memory((warpgroups, tile.stores, rows, channels), dtype),
-        *([memory((warpgroups, tile.stores, rows, channels), maps.x.dtype)] if keep else []),
+        *([memory((warpgroups, tile.stores, rows, channels), x.dtype)] if keep else []),
         state.scratch,
-        primitives.barriers(len(tiles) + 1, warpgroups * walk.stages),
+        primitives.barriers(len(tiles) + source.copies, warpgroups * walk.stages),
         primitives.barriers(1 if tile.ghost else warpgroups),
     ]
-    results = [primitives.blank(maps.x.shape, kind, interpret) for kind in (dtype, *([maps.x.dtype] if keep else []))]
-    inputs = (*(array for array, _ in tiles), maps.logits, maps.merge)
-    walk.run("propagation_forward", body, inputs, results, 1, scratch, interpret)
+    results = [primitives.blank(x.shape, kind, interpret) for kind in (dtype, *([x.dtype] if keep else []))]
+    walk.run("propagation_forward", body, (*tiles, *source.inputs, merge), results, 1, scratch, interpret)
     return results[0][...], results[1][...] if keep else None
 
 
 def _direction_backward(
-    maps: Maps,
+    source: Any,
+    x: jax.Array,
+    merge: jax.Array,
     h: jax.Array,
     grad_y: jax.Array,
     grad_x: jax.Array | None,
     grads: Sequence[Any],
-    direction: str,
-    slot: int,
-    chunk: int | None,
     *,
     dtype: Any,
-    tile: Tile,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """grad_x plus the share of a direction, (B, H, W, C) of `dtype`, and the parts of the gradient of merge[slot].
@@ -226,73 +216,80 @@ def _direction_backward(
     summed over all but its second axis, the images.
 
     Args:
+      source: `maps.GivenMaps` or `maps.MadeMaps`.
       h: of the direction, as the forward kernel kept it.
       grad_x: float32, the shares of the directions before; None for the first.
       grads: refs that the gradients of logits, lam, gate and skip are written into, at the direction's slot.
     """
-    walk = Pipeline(maps.x.shape, direction, chunk, tile, reverse=True)
-    state, mix = StateLines(walk, 2), Weights(walk, maps.logits, True, slot)
+    walk, mix, slot = source.walk, source.mix, source.slot
+    state, tile = StateLines(walk, 2), walk.tile
     rows, channels, warpgroups = tile.rows, tile.channels, tile.warpgroups
     margin = primitives.margin(channels, h.dtype)
-    of_direction = maps.of_direction
-    tiles = [(maps.x, ()), (grad_y, ()), (h, ()), *((array, (slot,)) for array in of_direction)]
-    tiles += [] if grad_x is None else [(grad_x, ())]
+    of_maps = source.gradients[1:]
+    tiles = [x, grad_y, h, *([] if grad_x is None else [grad_x])]
 
     def body(launch, *refs):
         refs = list(refs)
-        sources = [refs.pop(0) for _ in tiles]
-        w_ref, merge_ref, given, x_grad, sums = (refs.pop(0) for _ in range(5))
-        w_grad, *map_grads = (refs.pop(0) for _ in grads)
+        tile_refs, map_refs = take(refs, tiles), take(refs, source.inputs)
+        merge_ref, given, x_grad, sums = take(refs, range(4))
+        w_grad, *map_grads = take(refs, grads)
         passed = refs.pop(0)
-        rings = [refs.pop(0) for _ in tiles]
-        w_in, h_in, x_out, w_out = (refs.pop(0) for _ in range(4))
-        outs = [refs.pop(0) for _ in of_direction]
+        rings, map_scratch = take(refs, tiles), take(refs, source.scratch)
+        h_in, x_out, w_out = take(refs, range(3))
+        outs = take(refs, of_maps)
         lines, arrived, joint = refs
         walk.enter(launch)
+        source.enter(map_refs, map_scratch)
         own = walk.warpgroup
         merge = merge_ref[walk.image, slot]
 
         def load(n, at):
             barrier = arrived.at[own * walk.stages + at]
-            for ref, ring, (_, slots) in zip(sources, rings, tiles, strict=True):
-                primitives.fetch(walk.at(ref, walk.line(n), walk.rows(), *slots), ring.at[own, at], barrier)
-            mix.fetch(w_ref, w_in.at[own, at], n, barrier)
-            walk.fetch_before(sources[2], h_in.at[own, at], n, margin, barrier)
+            for ref, ring in zip(tile_refs, rings, strict=True):
+                primitives.fetch(walk.at(ref, walk.line(n), walk.rows()), ring.at[own, at], barrier)
+            source.fetch(n, at, barrier)
+            walk.fetch_before(tile_refs[2], h_in.at[own, at], n, margin, barrier)
 
         def compute(n, at, out, now, carry):
             same, of_merge = carry
-            w, kept = mix.read(w_in.at[own, at])
-            x, grad, h_line, lam, gate, *others = (primitives.load(ring.at[own, at]) for ring in rings)
-            scaled = merge * grad
-            g = scaled * gate + same
-            g += primitives.load(lines.at[now, 0, state.rows(1)]) + primitives.load(lines.at[now, 1, state.rows(-1)])
-            lines[1 - now, 0, state.rows()] = w[0] * g
-            lines[1 - now, 1, state.rows()] = w[2] * g
+            read = source.read(n, at)
+            w = read.weights
+            x_line, grad, h_line, *shares = (primitives.load(ring.at[own, at]) for ring in rings)
 
-            before = walk.before(h_in.at[own, at], margin)
-            mix.write(w_out.at[own, out], mix.gradients([g * neighbour for neighbour in before], kept))
-            to_x, part = lam * g, gate * h_line
-            if maps.skip is not None:
-                to_x, part = to_x + others[0] * scaled, part + others[0] * x
-            if grad_x is not None:
-                to_x += others[-1]
-            x_out[own, out] = to_x.astype(dtype)
-            for ref, value, like in zip(outs, (x * g, h_line * scaled, x * scaled), of_direction, strict=False):
-                ref[own, out] = value.astype(like.dtype)
-            return w[1] * g, of_merge + grad * part
+            def arithmetic():
+                scaled = merge * grad
+                g = scaled * read.gate + same
+                g += primitives.load(lines.at[now, 0, state.rows(1)])
+                g += primitives.load(lines.at[now, 1, state.rows(-1)])
+                lines[1 - now, 0, state.rows()] = w[0] * g
+                lines[1 - now, 1, state.rows()] = w[2] * g
+
+                before = walk.before(h_in.at[own, at], margin)
+                mix.write(w_out.at[own, out], mix.gradients([g * neighbour for neighbour in before], read.kept))
+                to_x, part = read.lam * g, read.gate * h_line
+                if read.skip is not None:
+                    to_x, part = to_x + read.skip * scaled, part + read.skip * x_line
+                x_out[own, out] = sum(shares, to_x).astype(dtype)
+                for ref, value in zip(outs, (x_line * g, h_line * scaled, x_line * scaled), strict=False):
+                    ref[own, out] = value.astype(ref.dtype)
+                return w[1] * g, of_merge + grad * part
+
+            return source.during(n, arithmetic)
 
         def store(n, out):
             walk.store(x_out.at[own, out], x_grad, n)
             mix.store(w_out.at[own, out], w_grad, n)
-            for source, target in zip(outs, map_grads, strict=True):
-                walk.store(source.at[own, out], target, n, slot)
+            for ref, target in zip(outs, map_grads, strict=True):
+                walk.store(ref.at[own, out], target, n, slot)
 
+        source.start()
         state.clear(lines, joint)
         same = nothing = primitives.zeros(rows, channels)
         if tile.ghost:
             state.receive(lines, given, [(0, 0), (0, 1), (1, 0)], joint)
             same = primitives.load(lines.at[1, 0, state.rows()])
             primitives.commit()  # all have read it before the first line writes there
+        source.prepare()
         same, of_merge = walk.walk(load, compute, store, arrived, joint, (same, nothing))
         last = lax.rem(walk.count, 2)
         if tile.ghost:
@@ -313,18 +310,25 @@ def _direction_backward(
     memory = primitives.shared_memory
     ring, results = (warpgroups, walk.stages), (warpgroups, tile.stores)
     scratch = [
-        *(memory((*ring, rows, channels), array.dtype) for array, _ in tiles),
-        memory((*ring, *mix.tile), maps.logits.dtype),
+        *(memory((*ring, rows, channels), array.dtype) for array in tiles),
+        *source.scratch,
         memory((*ring, rows + 3 * margin, channels), h.dtype),
         memory((*results, rows, channels), dtype),
-        memory((*results, *mix.tile), maps.logits.dtype),
-        *(memory((*results, rows, channels), array.dtype) for array in of_direction),
+        memory((*results, *mix.tile), source.gradients[0].dtype),
+        *(memory((*results, rows, channels), array.dtype) for array in of_maps),
         state.scratch,
-        primitives.barriers(len(tiles) + 2, warpgroups * walk.stages),
+        primitives.barriers(len(tiles) + source.copies + 1, warpgroups * walk.stages),
         primitives.barriers(3 if tile.ghost else warpgroups),
     ]
     sums = (walk.launches, walk.batch, walk.chunks, walk.segments, tile.extent, walk.blocks * channels)
-    made = [primitives.blank(maps.x.shape, dtype, interpret), primitives.blank(sums, jnp.float32, interpret)]
-    inputs = (*(array for array, _ in tiles), maps.logits, maps.merge)
+    made = [primitives.blank(x.shape, dtype, interpret), primitives.blank(sums, jnp.float32, interpret)]
+    inputs = (*tiles, *source.inputs, merge)
     walk.run("propagation_backward", body, inputs, [*made, *grads], 3, scratch, interpret)
     return made[0][...], made[1][...]
+
+
+def take(refs: list[Any], like: Sequence[Any]) -> list[Any]:
+    """The first refs, one for each of `like`, out of the list."""
+    taken = refs[: len(like)]
+    del refs[: len(like)]
+    return taken

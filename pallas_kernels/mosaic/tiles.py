@@ -18,10 +18,16 @@ _CLOCK = 1.7e9  # Hz
 # it holds, and its registers likewise.
 _INSTRUCTIONS = {"forward": (90, 50), "backward": (90, 107)}
 _REGISTERS = {"forward": (25, 6), "backward": (35, 12)}
+_INSTRUCTIONS_OF_SUM = 1.5  # of a thread for each value of a product of tensor cores
 _WAITS = 500  # cycles of a line in which a warpgroup waits: copies, shared memory, barriers
+_WAITS_OF_PRODUCT = 300  # cycles besides those of the tensor cores, which take 64 x 2 columns x 16 in one
+_SUMS_OF_CYCLE = 2 * 16
 _DEPENDENT = 2  # cycles per instruction of a warpgroup that is alone
 _MEMORY = 1e-6  # seconds from the start of a copy to its data
 _LAUNCH = 4e-6  # seconds to start a kernel and fill its pipeline
+MAPS = 6  # of a direction: three logits, lam, gate, skip
+SKEW = 8  # values at the end of a row of maps in shared memory, so that rows begin in different banks
+_PRODUCT_ROWS = 64  # pixels that tensor cores work on at once
 _MULTIPROCESSOR_MEMORY = 228 * 1024
 _MULTIPROCESSOR_THREADS = 2048
 _ALL_REGISTERS = 65536
@@ -70,6 +76,13 @@ class Work:
     stores: tuple[int, ...]  # bytes written, likewise
     sharing: int = 1  # channels that share a weight
     adjacent: bool = False  # pixels of a line are neighbours in memory, channels between them aside
+    rank: int = 0  # of the proxy that maps are made of in the kernel, a multiple of 16; 0 where they are loaded
+    resident: int = 0  # bytes per pixel and channel that stay in shared memory while four directions are walked
+
+    @property
+    def directions(self) -> int:
+        """That one launch walks."""
+        return 4 if self.resident else 1
 
     @property
     def key(self) -> str:
@@ -87,7 +100,8 @@ class Work:
         is_backward, elements = self.kernel == "backward", tile.rows * tile.channels
         stages = min(tile.stages, self.chunk)
         rings = [elements * size for size in self.loads]
-        rings[-1] += 3 * 128 * is_backward  # margins of h
+        if is_backward:
+            rings[-1] += 3 * 128  # margins of h
         results = [elements * size for size in self.stores]
         if self.sharing > 1:
             rings.append(16 * tile.rows)
@@ -95,9 +109,20 @@ class Work:
         halo = max(1, 32 // tile.channels)
         lines = (4 if is_backward else 2) * 4 * (tile.extent + 2 * halo + 128 // tile.channels) * tile.channels
         arrays = [tile.warpgroups * stages * size for size in rings]
+        if self.rank:
+            product = rows_of_product(tile)
+            arrays += [
+                tile.warpgroups * products_ahead(tile) * product * self.rank * 2,
+                2 * self.rank * MAPS * tile.channels,
+            ]
+            buffers = tile.warpgroups * (1 + overlaps(tile, not self.resident))
+            arrays += [buffers * product * (MAPS * tile.channels + SKEW) * 2]
+        if self.resident:
+            arrays += [(self.resident - 4) * tile.rows * elements, 4 * tile.rows * elements]
         arrays += [tile.warpgroups * tile.stores * size for size in results] + [lines]
         # Each begins at a multiple of 1 KB. Barriers; and JAX's room for sums over channels.
-        return sum(-(-size // 1024) * 1024 for size in arrays) + 8 * (tile.warpgroups * stages + 2) + 2048
+        sums = 2048 if is_backward and self.sharing > 1 else 0
+        return sum(-(-size // 1024) * 1024 for size in arrays) + 8 * (3 * tile.warpgroups * stages + 3) + sums
 
     def fits(self, tile: Tile, card: Card) -> bool:
         """Whether the kernel is right with this tile, and its shared memory and registers suffice."""
@@ -112,6 +137,12 @@ class Work:
             return False
         if self.sharing > 1 and self.sharing % tile.channels:
             return False
+        # A product of tensor cores has 256 columns at most.
+        if self.rank and tile.channels > 32:
+            return False
+        # TMA drops axes of length 1, and with them what lies outside of the image.
+        if self.resident and (tile.ghost or tile.warpgroups > 1 or self.lines > tile.rows or self.lines == 1):
+            return False
         if self.length > tile.extent and not tile.ghost:
             return False
         if tile.ghost and (tile.warpgroups > 1 or self.length <= tile.rows or tile.own < tile.ghost + 16):
@@ -121,6 +152,7 @@ class Work:
             return False
         # A store whose box has no gaps in memory is one bulk copy and is not clipped at the end of the line.
         ragged = self.length % tile.own if tile.ghost else self.length != tile.extent
+        ragged = ragged or (self.resident and self.lines != tile.extent)
         if self.adjacent and self.channels == tile.channels and ragged:
             return False
         if self.registers(tile) > 240 or self.registers(tile) * 128 * tile.warpgroups > _ALL_REGISTERS:
@@ -131,7 +163,15 @@ class Work:
         """An estimate, per thread."""
         line, element = _REGISTERS[self.kernel]
         element += 4 * (self.kernel == "backward" and len(self.stores) > 3)  # as in propagation
-        return line + element * max(1, tile.rows * tile.channels // 128)
+        elements = max(1, tile.rows * tile.channels // 128)
+        sums = self._sums(tile) // 128
+        if overlaps(tile, not self.resident):
+            return line + element * elements + 5 * sums // 4
+        return max(line + element * elements, line + elements + sums)
+
+    def _sums(self, tile: Tile) -> int:
+        """Values of a product of tensor cores."""
+        return rows_of_product(tile) * MAPS * tile.channels if self.rank else 0
 
     def seconds(self, tile: Tile, card: Card) -> float:
         """An estimate of the time, by which tiles are compared."""
@@ -150,19 +190,55 @@ class Work:
         active = -(-ctas // waves)
         elements = tile.extent * tile.channels
         fixed, each = _INSTRUCTIONS[self.kernel]
+        waits = _WAITS * (1 + (tile.warpgroups > 1) / 4)
+        if self.rank and self.resident:  # no copies of lines
+            fixed, waits = fixed / 2, waits / 2
         instructions = fixed + each * elements / threads
         if elements // threads % 4:
             instructions *= 1.5  # vectors of less than 16 bytes
+        overlapping, tensor = overlaps(tile, not self.resident), 0
+        moved, ahead = elements * sum(self.loads + self.stores), min(tile.stages, self.chunk)
+        if self.rank:
+            products = 1 / lines_of_product(tile)  # of a line
+            instructions += products * _INSTRUCTIONS_OF_SUM * self._sums(tile) / 128
+            tensor = products * self._sums(tile) / _PRODUCT_ROWS * self.rank / _SUMS_OF_CYCLE
+            product = products * _WAITS_OF_PRODUCT + tensor
+            waits += max(0, product - waits - _DEPENDENT * instructions) if overlapping else product
+            moved += 2 * self.rank * tile.extent
+            if self.resident:
+                ahead = lines_of_product(tile) * products_ahead(tile)
         together = -(-active // card.multiprocessors) * tile.warpgroups
         half_sectors = tile.channels * 2 < 32 and tile.channels < self.channels
         line = max(
             # Of rows of less than 32 bytes, whole sectors travel from the cache.
-            active * elements * sum(self.loads + self.stores) * (1.5 if half_sectors else 1) / _BANDWIDTH,
+            active * moved * (1.5 if half_sectors else 1) / _BANDWIDTH,
             together * instructions / _CLOCK,  # a multiprocessor issues one instruction of a warpgroup in a cycle
-            (_WAITS * (1 + (tile.warpgroups > 1) / 4) + _DEPENDENT * instructions) / _CLOCK,
-            _MEMORY / min(tile.stages, self.chunk),
+            together * tensor / _CLOCK,
+            (waits + _DEPENDENT * instructions) / _CLOCK,
+            _MEMORY / ahead,
         )
-        return launches * (_LAUNCH + waves * lines * line)
+        return launches * (_LAUNCH + waves * self.directions * lines * line)
+
+
+def lines_of_product(tile: Tile) -> int:
+    """Lines whose maps one product of tensor cores makes."""
+    return 1 if tile.ghost or tile.warpgroups > 1 else max(1, _PRODUCT_ROWS // tile.rows)
+
+
+def overlaps(tile: Tile, alone: bool) -> bool:
+    """Whether tensor cores make the maps of a line during the arithmetic of another; `alone`: in a kernel of one
+    direction."""
+    return alone and lines_of_product(tile) == 1
+
+
+def products_ahead(tile: Tile) -> int:
+    """Products whose proxy is in shared memory or on its way."""
+    return min(tile.stages, 2)
+
+
+def rows_of_product(tile: Tile) -> int:
+    """Pixels of a warpgroup's product."""
+    return -(-tile.rows // _PRODUCT_ROWS) * _PRODUCT_ROWS
 
 
 def candidates(work: Work, card: Card, most_warpgroups: int = 4) -> list[Tile]:
@@ -170,9 +246,14 @@ def candidates(work: Work, card: Card, most_warpgroups: int = 4) -> list[Tile]:
     tiles = (
         Tile(channels, rows, warpgroups, stages, stores, ghost)
         for channels, rows, warpgroups, stages, stores, ghost in itertools.product(
-            (8, 16, 32, 64), (8, 16, 24, 32, 48, 64, 96, 128, 192), (1, 2, 3, 4), (2, 3, 4, 6), (1, 2), (0, 16, 32, 64)
+            (8, 16, 32, 64),
+            (8, 16, 24, 32, 48, 64, 96, 128, 192),
+            (1, 2, 3, 4),
+            (1, 2, 3, 4, 6),
+            (1, 2),
+            (0, 16, 32, 64),
         )
-        if warpgroups <= most_warpgroups
+        if warpgroups <= most_warpgroups and (stages > 1 or (work.rank and work.resident))
     )
     return [tile for tile in tiles if work.fits(tile, card)]
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import deviceless
 from pallas_kernels import propagate
-from pallas_kernels.mosaic import operations
+from pallas_kernels.mosaic import forms
 from pallas_kernels.mosaic.tiles import Tile, plan
 from tests.pallas_kernels.mosaic.test_compiled import assert_sound
 from tests.pallas_kernels.test_propagation import draw
@@ -45,9 +45,7 @@ def planned(monkeypatch):
     """Makes the directions that the tile of a case serves take it."""
 
     def use(tile: Tile) -> None:
-        monkeypatch.setattr(
-            operations, "plan", lambda work, *rest: tile if work.fits(tile, rest[0]) else plan(work, *rest)
-        )
+        monkeypatch.setattr(forms, "plan", lambda work, *rest: tile if work.fits(tile, rest[0]) else plan(work, *rest))
 
     return use
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.mosaic import card, line_scan, primitives, tiles
-from pallas_kernels.mosaic.operations import Form
+from pallas_kernels.mosaic.forms import Form
 from pallas_kernels.mosaic.pipeline import Pipeline
 from pallas_kernels.mosaic.tiles import Tile
 

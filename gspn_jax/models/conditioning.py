@@ -1,0 +1,55 @@
+"""Timestep and class of a denoiser: how they enter the network, and how they steer its last layer."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gspn_jax.models import layers
+
+FREQUENCIES = 128
+
+
+def timestep_features(timestep: jax.Array) -> jax.Array:
+    """Timesteps (B,), whole or not, to (B, 256) float32: cosines, then sines, of frequencies from 1 down to 1e-4."""
+    rates = jnp.exp(-math.log(10_000) / FREQUENCIES * jnp.arange(FREQUENCIES, dtype=jnp.float32))
+    angles = timestep.astype(jnp.float32)[:, None] * rates[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Conditioning(nnx.Module):
+    """Timestep (B,) and label (B,) to the sum of their embeddings, (B, width) float32.
+
+    Labels are 0..num_classes, the last one "no class", which training puts in the place of some labels and guidance
+    in the place of all. Any other label gives NaN.
+    """
+
+    def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
+        options: Any = dict(kernel_init=layers.NORMAL, rngs=rngs)
+        self.first = nnx.Linear(2 * FREQUENCIES, width, **options)
+        self.second = nnx.Linear(width, width, **options)
+        self.label = nnx.Embed(num_classes + 1, width, embedding_init=layers.NORMAL, rngs=rngs)
+
+    def __call__(self, timestep: jax.Array, label: jax.Array) -> jax.Array:
+        return self.second(jax.nn.silu(self.first(timestep_features(timestep)))) + self.label(label)
+
+
+class AdaptiveHead(nnx.Module):
+    """Tokens (B, H, W, C) to (B, H, W, outputs) float32: norm, scale and shift by the condition, linear.
+
+    Everything in it starts at zero, so that a fresh network predicts zero.
+    """
+
+    def __init__(self, width: int, outputs: int, *, rngs: nnx.Rngs):
+        zero = nnx.initializers.zeros
+        self.modulation = nnx.Linear(width, 2 * width, kernel_init=zero, rngs=rngs)
+        self.norm = nnx.LayerNorm(
+            width, epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, rngs=rngs
+        )
+        self.linear = nnx.Linear(width, outputs, kernel_init=zero, rngs=rngs)
+
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(condition))[:, None, None], 2, axis=-1)
+        return self.linear(self.norm(x.astype(jnp.float32)) * (1 + scale) + shift)

@@ -1,0 +1,135 @@
+"""Propagation of a small map in one kernel: x and y stay in shared memory while all four directions are walked.
+
+A CTA owns (image, channel block). x is loaded once, y is summed in float32 and written once by the last direction. In
+bfloat16, 52 bytes per pixel and channel are left to move if the maps are in memory, and 4 and the proxy if the kernel
+makes them: then instructions and shared memory are the limit. Under differentiation the four h are written as well,
+8 bytes; the backward kernels are those of `propagation`.
+
+One tile serves all directions: of as many pixels as the longer side of the map. Chunks are no places in the grid here,
+the state restarts within the walk.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.directions import DIRECTIONS
+from pallas_kernels.mosaic import primitives
+from pallas_kernels.mosaic.maps import Given, Made
+from pallas_kernels.mosaic.pipeline import Pipeline, StateLines
+from pallas_kernels.mosaic.propagation import advance, take
+from pallas_kernels.mosaic.tiles import Tile
+
+
+def propagate_forward(
+    x: jax.Array,
+    maps: Sequence[Given | Made],
+    merge: jax.Array,
+    *,
+    chunk: int | None,
+    keep: bool,
+    tile: Tile,
+    interpret: bool,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """As `propagation.propagate_forward`; `tile` has one warpgroup and at least as many pixels as H and W."""
+    walks = [Pipeline(x.shape, direction, None, tile, reverse=False) for direction in DIRECTIONS]
+    stages = min(walk.stages for walk in walks)
+    for walk in walks:
+        walk.stages = stages
+    sources: list[Any] = [
+        of_direction.of(walk, d, alone=False) for d, (of_direction, walk) in enumerate(zip(maps, walks, strict=True))
+    ]
+    inputs = list({id(array): array for source in sources for array in source.inputs}.values())
+    state, rows, channels = StateLines(walks[0], 1), tile.rows, tile.channels
+    last = len(DIRECTIONS) - 1
+
+    def body(launch, *refs):
+        refs = list(refs)
+        x_ref = refs.pop(0)
+        map_refs = dict(zip(map(id, inputs), take(refs, inputs), strict=True))
+        merge_ref, _, y_ref = take(refs, range(3))
+        h_refs = take(refs, DIRECTIONS if keep else ())
+        _, x_map, y_map = take(refs, range(3))
+        map_scratch = take(refs, sources[0].scratch)
+        y_out = refs.pop(0)
+        h_out: Any = refs.pop(0) if keep else None
+        lines, arrived, x_arrived = refs
+
+        for d, (walk, source) in enumerate(zip(walks, sources, strict=True)):
+            walk.enter(launch)
+            source.enter([map_refs[id(array)] for array in source.inputs], map_scratch)
+            if d:
+                source.follow(sources[d - 1])
+        zero = walks[0].pixel
+        whole = pl.ds(zero, rows)
+        primitives.fetch(x_ref.at[walks[0].image, whole, whole, walks[0].block], x_map, x_arrived)
+        sources[0].start()
+
+        def load(d):
+            def start(n, at):
+                sources[d].fetch(n, at, arrived.at[at])
+
+            return start if sources[d].copies else None
+
+        for d, (walk, source) in enumerate(zip(walks, sources, strict=True)):
+            merge = merge_ref[walk.image, d]
+            restarts = chunk if chunk is not None and chunk < walk.lines else 0
+
+            def compute(n, at, out, now, same, d=d, walk=walk, source=source, merge=merge, restarts=restarts):
+                read = source.read(n, at)
+                shifted = (lines.at[now, 0, state.rows(shift)] for shift in (-1, 1))
+                smaller, larger = (primitives.load(ref) for ref in shifted)
+                neighbours = smaller, same, larger
+                if restarts:
+                    goes_on = jnp.where(lax.rem(n, restarts) == 0, 0.0, 1.0)
+                    neighbours = [goes_on * neighbour for neighbour in neighbours]
+                x_line, y_line = (
+                    ref.at[walk.line(n)] if walk.axis == 1 else ref.at[:, walk.line(n)] for ref in (x_map, y_map)
+                )
+                h, kept, part = advance(read, primitives.load(x_line, is_part=True), merge, neighbours, x.dtype)
+                lines[1 - now, 0, state.rows()] = h
+                if d:
+                    part += primitives.load(y_line, is_part=True)
+                if d < last:
+                    y_line[...] = part
+                else:
+                    y_out[0, out] = part.astype(x.dtype)
+                if keep:
+                    h_out[0, out] = kept
+                return h
+
+            def store(n, out, d=d, walk=walk):
+                if d == last:
+                    walk.store(y_out.at[0, out], y_ref, n)
+                if keep:
+                    walk.store(h_out.at[0, out], h_refs[d], n)
+
+            state.clear(lines, None)
+            if d == 0:
+                primitives.wait(x_arrived)
+            before = sum(other.lines for other in walks[:d])
+            following = load(d + 1) if d < last else None
+            same = primitives.zeros(rows, channels)
+            source.prepare()
+            walk.walk(load(d), compute, store, arrived, None, same, before=before, following=following)
+        primitives.wait_written()
+
+    memory = primitives.shared_memory
+    scratch = [
+        memory((rows, rows, channels), x.dtype),
+        memory((rows, rows, channels), jnp.float32),
+        *sources[0].scratch,
+        memory((1, tile.stores, rows, channels), x.dtype),
+        *([memory((1, tile.stores, rows, channels), x.dtype)] if keep else []),
+        state.scratch,
+        primitives.barriers(max(1, sources[0].copies), stages),
+        primitives.barriers(1),
+    ]
+    results = [primitives.blank(x.shape, x.dtype, interpret) for _ in range(1 + 4 * keep)]
+    walks[0].run("propagation_on_chip", body, (x, *inputs, merge), results, 1, scratch, interpret)
+    y, *states = (ref[...] for ref in results)
+    return y, states
