@@ -98,6 +98,8 @@ class Program:
                 current = self._computations[ENTRY if opened[1] else opened[2]] = {}
             elif found := _INSTRUCTION.match(line):
                 root, name, shape, opcode, operands, rest = found.groups()
+                # What runs beside others is in two lines, of which the first says all.
+                opcode = "fusion" if opcode == "fusion-start" else opcode
                 names = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", operands))
                 if opcode == "parameter":
                     rest = f", index={operands}{rest}"
@@ -119,7 +121,11 @@ class Program:
             elif instruction.opcode in ("call", "conditional", "async-start"):
                 called = instruction.attribute(r"(?:to_apply|calls|branch_computations)=\{?%?([\w.\-]+)")
                 yield from self.costs(called, trips)
-            elif instruction.opcode not in _FREE and instruction.target not in _FREE_TARGETS:
+            elif (
+                instruction.opcode not in _FREE
+                and instruction.target not in _FREE_TARGETS
+                and not instruction.opcode.endswith("-done")
+            ):
                 yield self._cost(computation, instruction, trips)
 
     def _cost(self, key: str, instruction: Instruction, trips: int) -> Cost:
@@ -195,6 +201,8 @@ class Program:
     def _bytes(self, instruction: Instruction, shapes: Sequence[str], touched: Sequence[Array]) -> int:
         if instruction.opcode in _SLICES:
             return 2 * _size(instruction.shape)
+        if instruction.opcode == "copy-start":
+            return 2 * _size(shapes[0])
         if instruction.opcode == "dynamic-update-slice":
             return 2 * _size(shapes[1])
         if instruction.opcode == "fusion":

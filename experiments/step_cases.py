@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from configs import classifier
 from experiments import classification, deviceless
-from gspn_jax import data
+from gspn_jax import data, models
 from gspn_jax.training import MixingOptions, OptimizerOptions, TrainOptions
+from gspn_jax.training.functional import Functional
 from gspn_jax.training.loop import Task
 from gspn_jax.training.optimizer import make_optimizer
-from gspn_jax.training.state import initial_state
+from gspn_jax.training.state import Parameters, initial_state
 from gspn_jax.training.step import make_step
 
 STEPS = 1000  # of the run that the step belongs to: a number in the schedule, nothing depends on it
@@ -62,8 +64,39 @@ def classifier_setting(preset: str, size: int, variant: Variant, remat: bool, ba
     )
 
 
-MODELS = {"gspn_t": Model(128, functools.partial(classifier_setting, "gspn_t", 224))}
-VARIANTS = {"xla": Variant("xla"), "fused": Variant("mosaic")}
+class Denoising:
+    """A generator with the mean squared error of its noise: about the memory and work of a diffusion objective."""
+
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], channels: int):
+        self._module, self._channels = Functional(build), channels
+        self.init = self._module.init
+
+    def loss(
+        self, params: Parameters, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """As `training.step.Loss`; batch: "latents" and "noise" (B, H, W, channels), "timestep" and "label" (B,)."""
+        output = self._module.apply(params, batch["latents"], batch["timestep"], batch["label"], key=key)
+        return jnp.mean(jnp.square(output[..., : self._channels] - batch["noise"])), {}
+
+
+def generator_setting(name: str, size: int, variant: Variant, remat: bool, batch_size: int) -> Setting:
+    """A preset of `models.GENERATORS` with 1,000 classes, on latents of `size` x `size` x 4, in bfloat16."""
+
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        options: Any = dict(dtype=jnp.dtype("bfloat16"), remat=remat, **variant.options)
+        return models.build_generator(name, num_classes=1000, rngs=rngs, **options)
+
+    latents = jax.ShapeDtypeStruct((batch_size, size, size, 4), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    batch = {"latents": latents, "noise": latents, "timestep": numbers, "label": numbers}
+    return Setting(Denoising(build, channels=4), OptimizerOptions(), batch)
+
+
+MODELS = {
+    "gspn_t": Model(128, functools.partial(classifier_setting, "gspn_t", 224)),
+    "gspn_xl2": Model(32, functools.partial(generator_setting, "gspn_xl2", 32)),
+}
+VARIANTS = {"xla": Variant("xla"), "fused": Variant("mosaic", "fused"), "low_rank": Variant("mosaic", "low_rank")}
 
 
 def compile_step(setting: Setting) -> deviceless.Compilation:

@@ -7,7 +7,6 @@ bfloat16, the state donated) and, for every part of it, the least time that its 
 requirements-gpu-compile.txt and no GPU; three to six minutes a step. No column is a measured time.
 """
 
-import collections
 import csv
 import datetime
 import pathlib
@@ -19,46 +18,25 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 
-from experiments import command_line, deviceless, hlo_costs, provenance
+from experiments import command_line, deviceless, provenance
 from experiments.kernel_report import COPY_BANDWIDTH
 from experiments.step_cases import MODELS, VARIANTS, compile_step
+from experiments.step_parts import KERNELS, MATRIX_FLOPS, SCANS, VECTOR_FLOPS, WHOLE, Row, rows_of_program
 
-MATRIX_FLOPS = 700e12  # a second, bfloat16 on the tensor cores of an H200; its data sheet says 989e12
-VECTOR_FLOPS = 60e12  # a second, float32 beside them, where depthwise convolutions run; its data sheet says 67e12
 LARGE = 0.15  # share of the estimated time from which a part is named
-KERNELS, SCANS, OTHER = "propagation kernels", "propagation, outside of kernels", "other"
-# The part that a function of the source belongs to; the innermost function counts.
-PARTS = {
-    "propagate": SCANS,
-    "GSPNMixer.__call__": "maps",
-    "DepthwiseConv.__call__": "depthwise convolution",
-    "depthwise_conv": "depthwise convolution",
-    "LayerNorm.__call__": "layer norm",
-    "GlobalResponseNorm.__call__": "global response norm",
-    "MLP.__call__": "MLP",
-    "Block._mix": "projections",
-    "residual": "residuals",
-    "Stem.__call__": "stem and downsampling",
-    "Downsample.__call__": "stem and downsampling",
-    "Classifier.__call__": "head",
-    "Classification.logits": "images and loss",
-    "Classification.loss": "images and loss",
-    "make_step.<locals>.step": "optimizer",
-}
 NOTE = (
     "Compiled, not executed: nothing here is a measured time. limit_ms adds up, of all instructions, the larger of two "
     f"times: operands and results at {COPY_BANDWIDTH / 1e12} TB/s; matrix products and convolutions at "
     f"{MATRIX_FLOPS / 1e12:.0f} TFLOP/s, depthwise ones at {VECTOR_FLOPS / 1e12:.0f}. Caches, starts of kernels, other "
     "arithmetic and how well a library does its work are left out; without a card XLA tunes no product and no "
-    "convolution. A fusion belongs to the part of its last operation; maps are the proxy and the projections of it. Of "
-    "maps for four directions, a kernel is counted with the one that it takes."
+    "convolution. A fusion belongs to the part of its last operation; maps are the proxy and the products with it. Of "
+    "maps for four directions, a kernel is counted with the one that it takes. The loss of gspn_xl2 is the mean "
+    "squared error of its noise."
 )
 COLUMNS = (
     "model", "batch", "variant", "remat", "part", "launches", "bytes", "flops", "limit_ms", "share", "kinds",
     "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "fault",
 )  # fmt: skip
-WHOLE = "whole step"
-Row = dict[str, Any]
 
 
 class Case(NamedTuple):
@@ -70,63 +48,6 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.model} {self.variant} {'remat' if self.remat else 'kept'}"
-
-
-def part_of(cost: hlo_costs.Cost) -> str:
-    """What an instruction is there for."""
-    part = next((PARTS[name] for name in cost.frames if name in PARTS), OTHER)
-    return KERNELS if part == SCANS and _is_kernel(cost) else part
-
-
-def _is_kernel(cost: hlo_costs.Cost) -> bool:
-    return cost.kind.startswith("mosaic_gpu")
-
-
-def bytes_of(cost: hlo_costs.Cost) -> int:
-    """Bytes that an instruction reads and writes, once."""
-    if not _is_kernel(cost):
-        return cost.bytes
-    # (B, H, W, 4, C), or 12 for logits, are the maps of the four directions: a launch addresses one of them.
-    each = ((array.bytes, len(array.dims) == 5 and array.dims[3] in (4, 12)) for array in cost.arrays)
-    return sum(size // 4 if has_slots else size for size, has_slots in each)
-
-
-def limit(cost: hlo_costs.Cost) -> float:
-    """Seconds that an instruction takes at least, once."""
-    rate = VECTOR_FLOPS if cost.kind == "depthwise convolution" else MATRIX_FLOPS
-    return max(bytes_of(cost) / COPY_BANDWIDTH, cost.flops / rate)
-
-
-def rows_of_program(text: str) -> list[Row]:
-    """A row for a compiled program and one for each part of it, the longest first."""
-    parts: dict[str, list[hlo_costs.Cost]] = collections.defaultdict(list)
-    for cost in hlo_costs.Program(text).costs():
-        parts[part_of(cost)].append(cost)
-    whole = _row(WHOLE, [cost for costs in parts.values() for cost in costs])
-    rows = sorted((_row(part, costs) for part, costs in parts.items()), key=lambda row: -row["limit_ms"])
-    for row in (*rows, whole):  # the whole last: it is what the others are divided by
-        row["share"] = round(row["limit_ms"] / whole["limit_ms"], 4)
-        row["limit_ms"] = float(f"{row['limit_ms']:.4g}")
-    return [whole, *rows]
-
-
-def _row(part: str, costs: Sequence[hlo_costs.Cost]) -> Row:
-    kinds: dict[str, float] = collections.defaultdict(float)  # seconds
-    for cost in costs:
-        kinds[cost.kind] += cost.launches * limit(cost)
-    total = sum(kinds.values())
-    return {
-        "part": part,
-        "launches": sum(cost.launches for cost in costs),
-        "bytes": sum(cost.launches * bytes_of(cost) for cost in costs),
-        "flops": sum(cost.launches * cost.flops for cost in costs),
-        "limit_ms": 1e3 * total,
-        "kinds": ", ".join(
-            f"{kind} {of / total:.0%}"
-            for kind, of in sorted(kinds.items(), key=lambda item: -item[1])
-            if of > 0.005 * total
-        ),
-    }
 
 
 def compile_rows(case: Case, batch_size: int = 0) -> list[Row]:

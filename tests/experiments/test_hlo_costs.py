@@ -45,7 +45,9 @@ StackFrames
   %a = f32[8,100]{1,0} get-tuple-element(%s), index=1
   %b = bf16[8,2,100]{2,1,0} get-tuple-element(%s), index=2
   %fused = f32[8,100]{1,0} fusion(%a, %b, /*index=2*/%i), kind=kLoop, calls=%update, metadata={op_name="put" stack_frame_id=2}
-  ROOT %t = (s32[], f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}) tuple(%i, %fused, %b)
+  %begun = ((f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}, s32[]), f32[8,100]{1,0}, u32[]) fusion-start(%fused, %b, %i), kind=kLoop, calls=%update
+  %ended = f32[8,100]{1,0} fusion-done(%begun)
+  ROOT %t = (s32[], f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}) tuple(%i, %ended, %b)
 }
 
 ENTRY %main (x: bf16[64,32], y: bf16[32,16], z: bf16[4,9,9,6], k: bf16[6,3,3,1]) -> bf16[64,16] {
@@ -67,8 +69,8 @@ ENTRY %main (x: bf16[64,32], y: bf16[32,16], z: bf16[4,9,9,6], k: bf16[6,3,3,1])
 
 def test_costs_of_each_kind():
     costs = {cost.name: cost for cost in Program(TEXT).costs()}
-    assert list(costs) == ["gemm", "moved", "conv", "mine", "fused"]
-    gemm, moved, conv, mine, fused = costs.values()
+    assert list(costs) == ["gemm", "moved", "conv", "mine", "fused", "begun"]
+    gemm, moved, conv, mine, fused, begun = costs.values()
     assert (gemm.kind, gemm.bytes, gemm.flops) == (
         "matrix product",
         2 * (64 * 32 + 32 * 16 + 64 * 16),
@@ -82,6 +84,7 @@ def test_costs_of_each_kind():
     assert (mine.kind, mine.bytes) == ("mosaic_gpu_v2", 2 * 64 * 32 + 4 * 2 * 5)
     # Half of a line read, the index read, a line written; three times.
     assert (fused.bytes, fused.launches, fused.frames) == (100 * 2 + 4 + 100 * 4, 3, ("inner", "outer"))
+    assert (begun.kind, begun.bytes, begun.launches) == ("fusion", fused.bytes, 3)
 
 
 def test_arrays_of_a_shape():
