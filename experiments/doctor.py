@@ -189,10 +189,11 @@ def describe_model(name: str, image_size: int) -> list[Finding]:
         from gspn_jax import models
     except ImportError as missing:
         return [Finding(f"the models cannot be imported: {missing}. `make venv` installs what they need.")]
-    model = nnx.eval_shape(lambda: models.build(name, num_classes=1000, rngs=nnx.Rngs(0)))
-    print(f"{name} at {image_size} x {image_size}:")
-    for line in models.layer_report(model, (1, image_size, image_size, 3)):
-        print(f"  {line}")
+    model = nnx.eval_shape(lambda: models.build(name, num_classes=1000, dtype="bfloat16", rngs=nnx.Rngs(0)))
+    print(f"{name} at {image_size} x {image_size} in bfloat16:")
+    with jax.numpy_dtype_promotion("standard"):  # flax mixes float32 parameters with bfloat16 maps
+        lines = models.layer_report(model, (1, image_size, image_size, 3))
+    print("\n".join(f"  {line}" for line in lines))
     return []
 
 

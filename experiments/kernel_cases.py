@@ -96,6 +96,12 @@ def program(case: Case) -> Callable[..., Any]:
     if case.pass_ == "backward":
         return lambda pull, gradient: pull(gradient)
 
+    return with_gradients(function)
+
+
+def with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """From the function's inputs and, last, a gradient of its result, to the result and the inputs' gradients."""
+
     def both(*inputs_and_gradient):
         result, pull = jax.vjp(function, *inputs_and_gradient[:-1])
         return result, pull(inputs_and_gradient[-1])

@@ -102,7 +102,8 @@ def attention_heads(shape: KernelShape) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+def normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Random numbers of an array of two axes or more."""
     # In pieces: random bits of the largest arrays would take more memory than the arrays.
     lines = shape[0] * shape[1]
     pieces = max(n for n in range(1, min(lines, 64) + 1) if lines % n == 0)
@@ -118,12 +119,12 @@ def draw_inputs(key: jax.Array, operation: str, shape: KernelShape, dtype: str, 
     keys = jax.random.split(key, 4)
     if not operation.startswith("from_"):
         tokens = (shape.batch, shape.height * shape.width, attention_heads(shape), HEAD_WIDTH)
-        return [_normal(k, tokens, dtype) for k in keys]
+        return [normal(k, tokens, dtype) for k in keys]
     maps = (shape.batch, shape.height, shape.width, shape.channels)
-    logits = _normal(keys[1], (*maps[:3], 3, shape.weight_channels), dtype)
+    logits = normal(keys[1], (*maps[:3], 3, shape.weight_channels), dtype)
     if operation == "from_weights":
         logits = jax.jit(functools.partial(pallas_kernels.row_stochastic, direction=direction))(logits)
-    return [_normal(keys[0], maps, dtype), logits, _normal(keys[2], maps, dtype), _normal(keys[3], maps, dtype)]
+    return [normal(keys[0], maps, dtype), logits, normal(keys[2], maps, dtype), normal(keys[3], maps, dtype)]
 
 
 def bytes_moved(operation: str, shape: KernelShape, dtype: str, pass_: str) -> int:

@@ -25,21 +25,21 @@ def evaluate(rows: Sequence[Row]) -> list[str]:
     for pass_, least in (("forward", 0.90), ("backward", 0.85)):
         goal = f"{pass_}, bfloat16, from logits, C >= 32, 64 MB or more: at least {least:.0%} of the copy bandwidth"
         having = [row for row in large if row["pass"] == pass_ and row["share"]]
-        lines.append(_line(goal, having, lambda row: row["share"], "{:.1%}", least=least))
+        lines.append(goal_line(goal, having, lambda row: row["share"], "{:.1%}", least=least))
     for shape, dtype, most, unit in (
         (BIG, "bfloat16", 0.45, "down"),
         (BIG, "float32", 0.85, "down"),
         (SMALL, "bfloat16", 0.060, "each direction"),
     ):
         goal = f"{shape}, forward, {dtype}, {unit}: at most {most:.3g} ms"
-        lines.append(_line(goal, at(shape, dtype), lambda row: row["median_ms"], "{:.4f} ms", most=most))
+        lines.append(goal_line(goal, at(shape, dtype), lambda row: row["median_ms"], "{:.4f} ms", most=most))
     for shape in GOAL_SHAPES:
         pairs = [
             {**row, "speedup": other} for row in at(shape, "bfloat16") + at(shape, "float32")
             if (other := speedup(row, timed)) is not None
         ]  # fmt: skip
         goal = f"{shape}, forward: at least 20 times as fast as lax.scan"
-        lines.append(_line(goal, pairs, lambda row: row["speedup"], "{:.1f} times", least=20))
+        lines.append(goal_line(goal, pairs, lambda row: row["speedup"], "{:.1f} times", least=20))
     return lines
 
 
@@ -52,7 +52,7 @@ def speedup(row: Row, rows: Sequence[Row]) -> float | None:
     return None
 
 
-def _line(
+def goal_line(
     goal: str,
     rows: Sequence[Row],
     value: Callable[[Row], float],
@@ -61,9 +61,10 @@ def _line(
     least: float | None = None,
     most: float | None = None,
 ) -> str:
+    """Met, not met or not measured, by the worst of the rows: the smallest value where `least` is given."""
     if not rows:
         return f"not measured: {goal}"
     worst = min(rows, key=value) if least is not None else max(rows, key=value)
     met = (least is None or value(worst) >= least) and (most is None or value(worst) <= most)
-    where = f"{worst['shape']} {worst['direction']} {worst['dtype']}"
+    where = " ".join(str(worst[key]) for key in ("shape", "direction", "dtype") if worst.get(key))
     return f"{'met' if met else 'NOT met'}: {goal}: worst of {len(rows)} {form.format(value(worst))} ({where})"

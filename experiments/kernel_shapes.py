@@ -104,6 +104,21 @@ SDXL = (
     KernelShape("sdxl_16k_level2", 2, 256, 512, 1280, rank=160),
 )
 
+# From which resolution on a mixer beats flash attention: with SDXL's maps, squares of 8 to 128 tokens a side at widths
+# 640 and 1280, batch 2; and at 1152, the width of diffusion transformers, batch 32.
+CROSSOVER = (
+    KernelShape("width640_8", 2, 8, 8, 640, rank=80),
+    KernelShape("width640_16", 2, 16, 16, 640, rank=80),
+    KernelShape("width640_32", 2, 32, 32, 640, rank=80),
+    KernelShape("width1152_8", 32, 8, 8, 1152, rank=72),
+    KernelShape("width1152_16", 32, 16, 16, 1152, rank=72),
+    KernelShape("width1152_32", 32, 32, 32, 1152, rank=72),
+    KernelShape("width1152_64", 32, 64, 64, 1152, rank=72),
+    KernelShape("width1152_128", 32, 128, 128, 1152, rank=72),
+    KernelShape("width1280_8", 2, 8, 8, 1280, rank=160),
+    KernelShape("width1280_16", 2, 16, 16, 1280, rank=160),
+)
+
 GROUPS = {
     "gspn2": GSPN2,
     "table1": TABLE1,
@@ -115,6 +130,7 @@ GROUPS = {
     "sdxl": SDXL,
     "compact": COMPACT,
     "long": LONG,
+    "crossover": CROSSOVER,
 }
 SHAPES = tuple(shape for group in GROUPS.values() for shape in group)
 # Where a layer of a model propagates: in four directions.

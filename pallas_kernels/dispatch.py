@@ -100,7 +100,9 @@ def choose_propagation(
 
     is_interpreted = choice.implementation == "mosaic_interpret"
     work = paths.Work(x.shape, x.dtype.name, weight_channels, chunk, rank or 0)
-    return _recorded(dataclasses.replace(choice, paths=paths.choose(work, path, is_interpreted)))
+    chosen = paths.choose(work, path, is_interpreted)
+    why = "path asked for" if path else f"paths {paths.basis()}"
+    return _recorded(dataclasses.replace(choice, paths=chosen, reason="; ".join(filter(None, (choice.reason, why)))))
 
 
 def _choice(

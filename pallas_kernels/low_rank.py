@@ -61,7 +61,7 @@ def propagate_low_rank(
         weight_channels=up.logits.shape[-1], rank=proxy.shape[-1],
     )  # fmt: skip
     if choice.paths is None:
-        options = dict(chunk=chunk, implementation=choice.implementation, path=None)
+        options = dict(chunk=chunk, implementation=implementation)
         return propagate(x, *maps_of(proxy, up), merge, batch_axis=batch_axis, channel_axis=channel_axis, **options)
     call = gradient.Call(
         implementation=choice.implementation,

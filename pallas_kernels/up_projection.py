@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import state_dtype
+
 
 class UpProjection(NamedTuple):
     """From a proxy of S channels to the maps of the four directions, in the order of `DIRECTIONS`.
@@ -31,7 +33,7 @@ def gradients_of_maps(proxy: jax.Array, up: UpProjection, grads: tuple) -> tuple
 
     `grads[0]` may have a logit for each of more channels than C_w, as if each column were repeated.
     """
-    dtype = jnp.promote_types(proxy.dtype, jnp.float32)
+    dtype = state_dtype(proxy)
     weight_channels, channels = up.logits.shape[-1], grads[0].shape[-1]
     columns: list[Any] = [jnp.repeat(up.logits, channels // weight_channels, axis=-1), *up[1:]]
     of_proxy: Any = jnp.zeros(proxy.shape, dtype)

@@ -48,4 +48,5 @@ def _describe(mixer: GSPNMixer, choice: Choice) -> str:
     reach = "global" if mixer.chunk is None else f"chunk {mixer.chunk}"
     where = f"{height}x{width}x{channels}, {reach}, {mixer.alignment}"
     kernels = "" if choice.paths is None else f", {choice.paths}"
-    return f"{choice.operation} {where}: {choice.implementation}{kernels} ({choice.reason})"
+    reason = f" ({choice.reason})" if choice.reason else ""
+    return f"{choice.operation} {where}: {choice.implementation}{kernels}{reason}"

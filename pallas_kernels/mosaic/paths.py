@@ -80,6 +80,11 @@ def nearest(work: Work) -> Mapping[str, Any]:
     return min(_table()["rows"], key=lambda row: _distance(_features(work), _features(_work_of(row))))
 
 
+def basis() -> str:
+    """What the table rests on: "measured on ..." or "estimated for ..."."""
+    return _table()["basis"]
+
+
 def _work_of(row: Mapping[str, Any]) -> Work:
     shape = row["batch"], row["height"], row["width"], row["channels"]
     return Work(shape, "bfloat16", row["weight_channels"], row["chunk"], row["rank"])

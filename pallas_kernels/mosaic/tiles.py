@@ -101,7 +101,7 @@ class Work:
         stages = min(tile.stages, self.chunk)
         rings = [elements * size for size in self.loads]
         if is_backward:
-            rings[-1] += 3 * 128  # margins of h
+            rings[-1] += 3 * max(128, tile.channels * self.loads[-1])  # margins of h
         results = [elements * size for size in self.stores]
         if self.sharing > 1:
             rings.append(16 * tile.rows)

@@ -155,7 +155,7 @@ def test_report_names_backend_devices_implementations_and_layers(capsys):
     printed = capsys.readouterr().out
     for words in ("jax 0.11.2", "Backend: cpu", "device 7: cpu", "xla: can run here", "No fault found."):
         assert words in printed
-    layers = printed.split("gspn_nano at 32 x 32:\n")[1].splitlines()
+    layers = printed.split("gspn_nano at 32 x 32 in bfloat16:\n")[1].splitlines()
     assert any("xla" in line for line in layers)
 
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,27 +152,32 @@ def sample(count: int, seed: int) -> Iterator[Case]:
         yield cases[index]
 
 
-def pairs(cases: Sequence[Case]) -> np.ndarray:
+def pairs(cases: Sequence[Any], axes: Mapping[str, Sequence[Any]] = AXES) -> np.ndarray:
     """For each case a number for each two of its values: the pairs that it covers."""
-    starts = np.cumsum([0, *map(len, AXES.values())])
-    numbers = {(k, v): starts[k] + i for k, axis in enumerate(AXES.values()) for i, v in enumerate(axis)}
+    starts = np.cumsum([0, *map(len, axes.values())])
+    numbers = {(k, v): starts[k] + i for k, axis in enumerate(axes.values()) for i, v in enumerate(axis)}
     values = np.array([[numbers[pair] for pair in enumerate(case)] for case in cases])
-    first, second = np.triu_indices(len(AXES), 1)
+    first, second = np.triu_indices(len(axes), 1)
     return values[:, first] * starts[-1] + values[:, second]
+
+
+def covering_set(cases: Sequence[Any], axes: Mapping[str, Sequence[Any]], costs: Sequence[float]) -> tuple[Any, ...]:
+    """Cases in which every pair of values occurs that occurs at all: greedily, many new pairs at a low cost."""
+    order = np.random.default_rng(0).permutation(len(cases))  # among equals, no value comes first
+    covered, prices = pairs(cases, axes)[order], np.asarray(costs)[order]
+    missing, chosen = np.zeros(covered.max() + 1, bool), []
+    missing[covered] = True
+    while missing.any():
+        best = int(np.argmax(missing[covered].sum(axis=1) / prices))
+        chosen.append(cases[order[best]])
+        missing[covered[best]] = False
+    return tuple(chosen)
 
 
 @functools.cache
 def covering() -> tuple[Case, ...]:
-    """Cases in which every allowed pair of values occurs: greedily, many new pairs at a low cost."""
-    cases = list(sample(len(product()), seed=0))  # in no order: among equals, no value comes first
-    covered, costs = pairs(cases), np.array([60 + case.cost for case in cases])
-    missing, chosen = np.zeros(covered.max() + 1, bool), []
-    missing[covered] = True
-    while missing.any():
-        best = int(np.argmax(missing[covered].sum(axis=1) / costs))
-        chosen.append(cases[best])
-        missing[covered[best]] = False
-    return tuple(chosen)
+    """Cases in which every allowed pair of values occurs."""
+    return covering_set(product(), AXES, [60 + case.cost for case in product()])
 
 
 def draw(case: Case) -> tuple[jax.Array, ...]:

@@ -1,11 +1,9 @@
 """The kernels on an NVIDIA card of compute capability 9.0 or more: what the interpreter cannot show."""
 
-import jax
 import numpy as np
 import pytest
 
-from tests.pallas_kernels.mosaic import cases, test_propagation
-from tests.tolerances import assert_close
+from tests.pallas_kernels.mosaic import cases, propagation_cases
 
 
 @pytest.mark.gpu
@@ -15,12 +13,11 @@ def test_covering_cases(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", test_propagation.CASES, ids=lambda case: "x".join(map(str, case.shape)))
-def test_propagation_twice(case):
-    """The reference's results, and the same bits again."""
-    run = jax.jit(test_propagation.run, static_argnums=(0, 1))
-    got, again, want = (run(case, name, *case.arrays()) for name in ("mosaic", "mosaic", "xla"))
-    for name, one, other, reference in zip(test_propagation.NAMES, got, again, want, strict=True):
-        if reference is not None:
-            np.testing.assert_array_equal(one, other, err_msg=name)
-            assert_close(one, reference, name=name)
+@pytest.mark.parametrize("case", propagation_cases.covering(), ids=str)
+def test_covering_cases_of_propagation(case):
+    """The reference's results, and the same bits again; in inference too."""
+    propagation_cases.check(case, "mosaic")
+    propagation_cases.check_inference(case, "mosaic")
+    one, other = (propagation_cases.y_and_gradients(case, "mosaic", *case.arrays()) for _ in range(2))
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)

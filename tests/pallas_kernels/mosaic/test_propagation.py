@@ -1,7 +1,6 @@
-"""The fused propagation kernels, interpreted with race detection and compiled for an H200, against the reference."""
+"""The propagation kernels, interpreted with race detection and compiled for an H200, against the reference."""
 
-import dataclasses
-import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,85 +8,104 @@ import numpy as np
 import pytest
 
 from experiments import deviceless
-from pallas_kernels import propagate
+from pallas_kernels import UpProjection, propagate, propagate_low_rank
 from pallas_kernels.mosaic import forms
 from pallas_kernels.mosaic.tiles import Tile, plan
+from tests.pallas_kernels.mosaic import cases, propagation_cases
+from tests.pallas_kernels.mosaic.propagation_cases import AXES, TILES, check, covering, product
 from tests.pallas_kernels.mosaic.test_compiled import assert_sound
-from tests.pallas_kernels.test_propagation import draw
-from tests.tolerances import assert_close
 
-NAMES = ("y", "x", "logits", "lam", "gate", "skip", "merge")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    shape: tuple[int, int, int, int]
-    weight_channels: int
-    chunk: int | None
-    dtype: str
-    skip: bool
-    tile: Tile
-
-    def arrays(self) -> list[jax.Array | None]:
-        drawn = draw(self.shape, self.weight_channels, seed=11, dtype=np.float32, skip=self.skip)
-        return [None if array is None else jnp.asarray(array, self.dtype) for array in drawn]
-
-
-CASES = [
-    Case((2, 4, 9, 16), 1, 3, "bfloat16", True, Tile(8, 16, 1, 3, 1)),  # shared weights, a chunk that does not divide
-    Case((1, 17, 18, 8), 8, 2, "float16", False, Tile(8, 16, 2, 2, 2)),  # two warpgroups
-    Case((1, 18, 50, 9), 3, None, "float32", True, Tile(8, 48, 1, 2, 1, ghost=8)),  # two segments, three launches
-]
+FULL = 100  # cases of the product that a full run takes; TEST_SEED=1 takes others
 
 
 @pytest.fixture
 def planned(monkeypatch):
-    """Makes the directions that the tile of a case serves take it."""
+    """Makes the directions that a tile serves take it; returns those that it did not serve."""
 
-    def use(tile: Tile) -> None:
-        monkeypatch.setattr(forms, "plan", lambda work, *rest: tile if work.fits(tile, rest[0]) else plan(work, *rest))
+    def use(tile: Tile | None) -> list[str]:
+        others = []
+
+        def take(work, card, *rest):
+            if tile is not None and work.fits(tile, card):
+                return tile
+            others.append(work.kernel)
+            return plan(work, card, *rest)
+
+        monkeypatch.setattr(forms, "plan", take)
+        jax.clear_caches()
+        return others
 
     return use
 
 
-def run(case: Case, implementation: str, *arrays):
-    """y and all gradients."""
-    operation = functools.partial(propagate, chunk=case.chunk, implementation=implementation)
-    grad_y = jnp.asarray(np.random.default_rng(12).normal(size=case.shape), case.dtype)
-    y, vjp = jax.vjp(operation, *arrays)
-    return y, *vjp(grad_y)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case.shape)))
+@pytest.mark.parametrize("case", covering(), ids=str)
 def test_interpreted(case, planned):
-    planned(case.tile)
-    arrays = case.arrays()
-    got = jax.jit(functools.partial(run, case, "mosaic_interpret"))(*arrays)
-    want = jax.jit(functools.partial(run, case, "xla"))(*arrays)
-    for name, one, other in zip(NAMES, got, want, strict=True):
-        assert (one is None) == (other is None) == (name == "skip" and not case.skip)
-        if other is not None:
-            assert_close(one, other, name=name)
+    planned(TILES[case.tile])
+    check(case, "mosaic_interpret")
+
+
+@pytest.mark.parametrize("case", propagation_cases.inference(), ids=str)
+def test_inference_interpreted(case, planned):
+    planned(TILES[case.tile])
+    propagation_cases.check_inference(case, "mosaic_interpret")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", range(FULL))
+def test_product_of_all_cases(number, planned):
+    order = np.random.default_rng(int(os.environ.get("TEST_SEED", "0"))).permutation(len(product()))
+    case = product()[order[number]]
+    print(case)
+    planned(TILES[case.tile])
+    check(case, "mosaic_interpret")
+
+
+def test_covering_cases_cover_every_allowed_pair_and_are_few():
+    chosen = covering()
+    assert len(chosen) <= 40 and len(set(chosen)) == len(chosen)
+    assert set(np.unique(cases.pairs(chosen, AXES))) == set(np.unique(cases.pairs(product(), AXES)))
 
 
 @pytest.mark.skipif(bool(deviceless.missing()), reason=str(deviceless.missing()))
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case.shape)))
+@pytest.mark.parametrize("case", covering(), ids=str)
 def test_compiled(case, planned):
-    planned(case.tile)
-    compilation = deviceless.compile_for_h200(functools.partial(run, case, "mosaic"), *case.arrays())
-    counts = {"propagation_forward": 4, "propagation_backward": 4}
-    assert deviceless.kernel_counts(compilation.compiled) == counts
+    planned(TILES[case.tile])
+    run = lambda *arrays: propagation_cases.y_and_gradients(case, "mosaic", *arrays)  # noqa: E731
+    compilation = deviceless.compile_for_h200(run, *case.arrays())
+    forward = {"propagation_on_chip": 1} if case.path.endswith("on_chip") else {"propagation_forward": 4}
+    assert deviceless.kernel_counts(compilation.compiled) == forward | {"propagation_backward": 4}
     for kernel in compilation.kernels:
         assert_sound(kernel)
+        products = sum(n for opcode, n in kernel.opcodes.items() if opcode.startswith("HGMMA"))
+        assert (products > 0) == case.path.startswith("low_rank"), kernel.opcodes
 
 
-def test_a_state_of_ones_stays_one_in_every_direction(planned):
+@pytest.mark.parametrize("path", ["fused", "fused_on_chip"])
+def test_a_state_of_ones_stays_one_in_every_direction(planned, path):
     """Rows sum to exactly 1 also where the kernel normalises: h = 1 from the first line on, in bfloat16 logits."""
-    planned(Tile(8, 16, 1, 2, 2))
+    others = planned(Tile(8, 16, 1, 2, 2))
     logits = np.random.default_rng(13).normal(0, 3, (1, 12, 12, 4, 3, 8))
     lam = np.zeros((1, 12, 12, 4, 8))
     lam[:, :, 0, 0] = lam[:, 0, :, 1] = lam[:, :, -1, 2] = lam[:, -1, :, 3] = 1  # the line where each direction starts
     x = jnp.ones((1, 12, 12, 8), jnp.float32)
-    arrays = jnp.asarray(logits, jnp.bfloat16), jnp.asarray(lam, jnp.float32)
-    y = propagate(x, *arrays, jnp.ones((1, 12, 12, 4, 8)), None, jnp.ones(4), implementation="mosaic_interpret")
+    arrays = jnp.asarray(logits, jnp.bfloat16), jnp.asarray(lam, jnp.float32), jnp.ones((1, 12, 12, 4, 8)), None
+    y = propagate(x, *arrays, jnp.ones(4), implementation="mosaic_interpret", path=path)
+    assert np.all(np.asarray(y) == 4)
+    assert len(others) < 8
+
+
+@pytest.mark.parametrize("path", ["low_rank", "low_rank_on_chip"])
+def test_a_state_of_ones_stays_one_where_tensor_cores_make_the_maps(path):
+    """As above; the proxy says on which line a direction starts, and the rest of it what its logits are."""
+    rng = np.random.default_rng(14)
+    proxy = rng.normal(0, 3, (1, 12, 12, 16))
+    proxy[..., :5] = [0, 0, 0, 0, 1]
+    proxy[:, :, 0, 0] = proxy[:, 0, :, 1] = proxy[:, :, -1, 2] = proxy[:, -1, :, 3] = 1
+    up = [np.zeros((16, 4, 3, 8)), np.zeros((16, 4, 8)), np.zeros((16, 4, 8))]
+    up[0][5:] = rng.normal(size=up[0][5:].shape)
+    for d in range(4):
+        up[1][d, d] = up[2][4, d] = 1
+    up = UpProjection(*(jnp.asarray(array, jnp.bfloat16) for array in up), None)
+    inputs = jnp.ones((1, 12, 12, 8), jnp.float32), jnp.asarray(proxy, jnp.bfloat16), up, jnp.ones(4)
+    y = propagate_low_rank(*inputs, implementation="mosaic_interpret", path=path)
     assert np.all(np.asarray(y) == 4)

@@ -1,0 +1,161 @@
+"""The cases in which the propagation kernels are compared with the reference; as `cases` for one scan."""
+
+import functools
+import itertools
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import UpProjection, propagate, propagate_low_rank
+from pallas_kernels.dispatch import PATHS
+from pallas_kernels.mosaic.tiles import Tile
+from tests.pallas_kernels.mosaic.cases import covering_set
+from tests.tolerances import TOLERANCES, assert_close
+
+SIZES = {"square": (7, 7), "tall": (9, 5), "wide": (3, 18), "one line": (1, 9), "one pixel": (9, 1), "long": (9, 40)}
+TILES = {
+    "planned": None, "broad": Tile(16, 24, 1, 2, 1), "two": Tile(8, 16, 2, 3, 2), "cut": Tile(8, 48, 1, 2, 1, ghost=8),
+    "single": Tile(8, 24, 1, 1, 1),
+}  # fmt: skip
+AXES = {
+    "path": PATHS,
+    "size": tuple(SIZES),
+    "map": ((1, 8), (2, 9), (1, 24)),  # batch and channels
+    "chunk": (None, 2, 4, 30),
+    "sharing": ("none", "all", "three"),  # channels that share a weight
+    "dtypes": ("float32", "bfloat16", "float16", "wide x"),  # of x and of the maps or the proxy
+    "rank": (3, 16, 40),
+    "skip": (True, False),
+    "tile": tuple(TILES),
+}
+
+
+class Case(NamedTuple):
+    """One value of each axis, in their order."""
+
+    path: str
+    size: str
+    map: tuple[int, int]
+    chunk: int | None
+    sharing: str
+    dtypes: str
+    rank: int
+    skip: bool
+    tile: str
+
+    def __str__(self) -> str:
+        values = ("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in self)
+        return "-".join(value.replace(" ", "_") for value in values)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.map[0], *SIZES[self.size], self.map[1]
+
+    @property
+    def weight_channels(self) -> int:
+        return {"none": self.map[1], "all": 1, "three": self.map[1] // 3}[self.sharing]
+
+    @property
+    def dtype_of_x(self) -> str:
+        return "float32" if self.dtypes == "wide x" else self.dtypes
+
+    @property
+    def dtype_of_maps(self) -> str:
+        return "bfloat16" if self.dtypes == "wide x" else self.dtypes
+
+    @property
+    def is_allowed(self) -> bool:
+        """Whether there is such a case."""
+        height, width = SIZES[self.size]
+        made, on_chip = self.path.startswith("low_rank"), self.path.endswith("on_chip")
+        return all((
+            not (made and self.dtypes == "float32"),
+            made or self.rank == 3,  # where maps are given there is no proxy
+            not on_chip or (1 < min(height, width) and self.size != "long"),
+            self.sharing != "three" or self.map[1] % 3 == 0,
+            (self.tile == "cut") == (self.size == "long"),
+            self.tile != "single" or self.path == "low_rank_on_chip",
+            not on_chip or self.tile not in ("two", "cut"),
+            self.chunk != 30 or self.size != "long",
+        ))  # fmt: skip
+
+    @property
+    def cost(self) -> int:
+        """What the interpreter's time grows with, about."""
+        height, width = SIZES[self.size]
+        return self.map[0] * (height + width) * (2 if self.map[1] > 8 else 1) * (5 if self.size == "long" else 1)
+
+    def arrays(self) -> list[Any]:
+        """x, the maps or proxy and projections, merge, and the gradient that reaches y."""
+        rng = np.random.default_rng(zlib.crc32(str(self).encode()))
+        pixels, channels, rank = self.shape[:3], self.shape[3], self.rank
+        made = self.path.startswith("low_rank")
+        front, scale = ((rank,), rank**-0.5) if made else (pixels, 1.0)
+        logits = rng.normal(0, 2 * scale, (*front, 4, 3, self.weight_channels))
+        maps: Any = [logits, *rng.normal(0, scale, (3, *front, 4, channels))]
+        maps = [jnp.asarray(array, self.dtype_of_maps) for array in maps]
+        maps[3] = maps[3] if self.skip else None
+        proxy = [jnp.asarray(rng.normal(size=(*pixels, rank)), self.dtype_of_maps)] if made else []
+        x, grad = (jnp.asarray(array, self.dtype_of_x) for array in rng.normal(size=(2, *self.shape)))
+        merge = jnp.asarray(rng.normal(size=4), "float32")
+        return [x, *proxy, *([UpProjection(*maps)] if made else maps), merge, grad]
+
+
+@functools.cache
+def product() -> tuple[Case, ...]:
+    """Every allowed case."""
+    return tuple(case for case in itertools.starmap(Case, itertools.product(*AXES.values())) if case.is_allowed)
+
+
+@functools.cache
+def covering() -> tuple[Case, ...]:
+    """Cases in which every allowed pair of values occurs."""
+    return covering_set(product(), AXES, [60 + case.cost for case in product()])
+
+
+def inference() -> tuple[Case, ...]:
+    """Of the covering cases one for each path and tile."""
+    return tuple({(case.path, case.tile): case for case in covering()}.values())
+
+
+def bound(case: Case, implementation: str) -> Any:
+    """The operation of the case as a function of its arrays but the gradient."""
+    operation: Any = propagate_low_rank if case.path.startswith("low_rank") else propagate
+    path = None if implementation == "xla" else case.path
+    return functools.partial(operation, chunk=case.chunk, implementation=implementation, path=path)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def y_and_gradients(case: Case, implementation: str, *arrays: Any) -> dict[str, jax.Array]:
+    """By name; what is None is left out."""
+    *inputs, grad = arrays
+    y, vjp = jax.vjp(bound(case, implementation), *inputs)
+    if case.path.startswith("low_rank"):
+        x, proxy, up, merge = vjp(grad)
+        found = dict(y=y, x=x, proxy=proxy, merge=merge, **up._asdict())
+    else:
+        names = ("x", "logits", "lam", "gate", "skip", "merge")
+        found = dict(y=y, **dict(zip(names, vjp(grad), strict=True)))
+    return {name: array for name, array in found.items() if array is not None}
+
+
+def check(case: Case, implementation: str) -> None:
+    """The results of `implementation` are those of the reference; whatever the interpreter finds is raised."""
+    arrays = case.arrays()
+    got, want = (y_and_gradients(case, name, *arrays) for name in (implementation, "xla"))
+    assert got.keys() == want.keys()
+    for name, reference in want.items():
+        # A gradient is made of maps and h as they were kept; that of a projection of gradients of maps, rounded again.
+        least = TOLERANCES[case.dtype_of_x if name == "y" else case.dtype_of_maps]
+        least *= 2 if case.path.startswith("low_rank") and name in UpProjection._fields else 1
+        assert_close(got[name], reference, tolerance=max(least, TOLERANCES[reference.dtype.name]), name=name)
+
+
+def check_inference(case: Case, implementation: str) -> None:
+    """As `check`, of y where nothing is kept for a gradient."""
+    *inputs, _ = case.arrays()
+    got, want = (jax.jit(bound(case, name))(*inputs) for name in (implementation, "xla"))
+    assert_close(got, want, name="y")

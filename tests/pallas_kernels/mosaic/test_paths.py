@@ -1,0 +1,71 @@
+"""Which kernels a propagation takes: the table is what the program writes, and serves every map."""
+
+import json
+
+import pytest
+
+from experiments import choose_paths
+from experiments.kernel_shapes import LAYERS, select
+from pallas_kernels.dispatch import PATHS, Paths
+from pallas_kernels.mosaic import card, paths
+from pallas_kernels.mosaic.paths import Work
+
+
+@pytest.fixture(autouse=True)
+def on_a_card():
+    with card.assume(card.H200):
+        yield
+
+
+def test_each_layer_takes_the_cheapest_path_of_its_own_row():
+    table = json.loads(paths.TABLE.read_text())
+    rows = {row["name"]: row for row in table["rows"]}
+    assert rows.keys() == {shape.name for shape in LAYERS}
+    for shape in LAYERS:
+        row, work = rows[shape.name], choose_paths.work_of(shape)
+        assert paths.nearest(work)["name"] == shape.name
+        chosen = paths.choose(work, None)
+        assert chosen == Paths(row["inference"], row["training"], row["backward"])
+        for mode in choose_paths.NAMES:
+            times = row["milliseconds"][mode]
+            assert times[row[mode]] == min(times.values()) and set(times) <= set(PATHS)
+
+
+def test_the_table_is_what_the_program_writes():
+    table = json.loads(paths.TABLE.read_text())
+    if not table["basis"].startswith("estimated"):
+        pytest.skip(f"{table['basis']}: times do not repeat to the digit")
+    rows = {row["name"]: row for row in table["rows"]}
+    for shape in select(["gspn_t", "generators", "sdxl_1k_level2"]):
+        assert choose_paths.row(shape, choose_paths.estimate(shape)) == rows[shape.name]
+
+
+def test_program_writes_a_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(choose_paths.card, "present", lambda: "no card")
+    assert choose_paths.main(["--shapes=gspn_nano_stage3", f"--out={tmp_path}/paths.json"]) == 0
+    table = json.loads((tmp_path / "paths.json").read_text())
+    assert table["basis"] == "estimated for an NVIDIA H200, not measured"
+    assert [row["name"] for row in table["rows"]] == ["gspn_nano_stage3"]
+    assert "1 maps, estimated" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        choose_paths.main(["--shapes=gspn2"])
+    assert "maps of layers, which have a proxy; got gspn2_1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 200, 24), (1, 2048, 16, 8), (500, 7, 7, 8), (1, 64, 64, 2048)])
+@pytest.mark.parametrize("rank", [0, 3, 160])
+def test_any_map_has_paths_that_serve_it(shape, rank):
+    work = Work(shape, "bfloat16", shape[-1], 3, rank)
+    chosen = paths.choose(work, None)
+    for path in (chosen.inference, chosen.training):
+        assert path in PATHS[: 4 if rank else 2]
+        assert paths.forms(work, path).tiles
+    assert paths.forms(work, chosen.backward, kernel="backward").tiles
+
+
+def test_a_path_that_is_asked_for():
+    work = Work((2, 16, 16, 64), "bfloat16", 64, None, 8)
+    assert paths.choose(work, "fused_on_chip") == Paths("fused_on_chip", "fused_on_chip", "fused")
+    assert paths.choose(work, "low_rank_on_chip") == Paths("low_rank_on_chip", "low_rank_on_chip", "low_rank")
+    with pytest.raises(ValueError, match="expected a map that a tile serves on NVIDIA H200, got \\(2, 128, 128, 64\\)"):
+        paths.choose(Work((2, 128, 128, 64), "bfloat16", 64, None, 8), "low_rank_on_chip")

@@ -1,0 +1,117 @@
+"""Propagation of maps that are made of a proxy: the composition with `propagate`, and the rule of the kernels."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import UpProjection, propagate_low_rank, record_choices
+from pallas_kernels.up_projection import gradients_of_maps, maps_of
+from tests.pallas_kernels import numpy_scan
+from tests.tolerances import assert_close
+
+SHAPE, RANK = (2, 3, 5, 4), 6
+
+
+def draw(shape=SHAPE, rank=RANK, weight_channels=None, seed=0, dtype: Any = np.float64, skip=True) -> list[Any]:
+    """x, proxy, up and merge."""
+    rng = np.random.default_rng(seed)
+    channels = shape[-1]
+    sizes = (4, 3, weight_channels or channels), *[(4, channels)] * 3
+    up = UpProjection(*(rng.normal(0, rank**-0.5, (rank, *size)).astype(dtype) for size in sizes))
+    up = up if skip else up._replace(skip=None)
+    x, proxy, merge = rng.normal(size=shape), rng.normal(size=(*shape[:3], rank)), rng.normal(size=4)
+    return [x.astype(dtype), proxy.astype(dtype), up, merge.astype(np.float32 if dtype != np.float64 else dtype)]
+
+
+UP = draw(dtype=np.float32)[2]
+
+
+@pytest.mark.parametrize("weight_channels,chunk,skip", [(4, None, True), (1, 2, False), (2, 3, True)])
+def test_agrees_with_a_loop_over_pixels(weight_channels, chunk, skip):
+    x, proxy, up, merge = draw(weight_channels=weight_channels, skip=skip)
+    maps = [None if columns is None else np.tensordot(proxy, columns, 1) for columns in up]
+    with jax.enable_x64(True):
+        y = propagate_low_rank(x, proxy, up, merge, chunk=chunk)
+        assert_close(y, numpy_scan.propagate(x, *maps, merge, chunk=chunk))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_gradients_of_maps_are_those_of_autodiff(skip):
+    _, proxy, up, _ = draw(weight_channels=2, skip=skip)
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        maps, vjp = jax.vjp(maps_of, jnp.asarray(proxy), up)
+        grads = jax.tree.map(lambda array: jnp.asarray(rng.normal(size=array.shape)), maps)
+        want = vjp(grads)
+        repeated = jnp.repeat(grads[0], 2, axis=-1) / 2  # as kernels give it, for each channel
+        for logits in (grads[0], repeated):
+            got = gradients_of_maps(jnp.asarray(proxy), up, (logits, *grads[1:]))
+            for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                assert_close(one, other)
+
+
+@pytest.mark.parametrize("name,value,words", [
+    ("proxy", np.zeros((2, 3, 6, 6), np.float32), ("(B, H, W, S)", "(2, 3, 6, 6)")),
+    ("proxy", np.zeros((2, 3, 5, 6), np.int32), ("float32", "int32")),
+    ("up", UP._replace(lam=None), ("up.lam", "None")),
+    ("up", UP._replace(lam=np.zeros((6, 4, 5), np.float32)), ("up.lam", "(6, 4, 4)", "(6, 4, 5)")),
+    ("up", UP._replace(logits=np.zeros((5, 4, 3, 4), np.float32)), ("(6, 4, 3, 4)", "(5, 4, 3, 4)")),
+    ("up", UP._replace(logits=np.zeros((6, 4, 3, 3), np.float32)), ("divide C = 4", "got 3")),
+    ("up", (1, 2, 3, 4), ("UpProjection", "tuple")),
+    ("merge", np.zeros(3, np.float32), ("(4,)", "(3,)")),
+    ("path", "low_rank", ("16-bit", "float32")), ("path", "fused", ("xla", "'fused'")),
+    ("path", "fastest", ("fused", "'fastest'")), ("chunk", 0, ("at least 1", "0")),
+])  # fmt: skip
+def test_bad_arguments(name, value, words):
+    arguments = dict(zip(("x", "proxy", "up", "merge"), draw(dtype=np.float32), strict=True)) | {name: value}
+    with pytest.raises(ValueError) as error:
+        propagate_low_rank(**arguments)
+    assert str(error.value).startswith(name)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def kernel_loss(x, proxy, up, merge, implementation="mosaic_interpret"):
+    y = propagate_low_rank(x, proxy, up, merge, implementation=implementation, path="low_rank")
+    return jnp.sum(y.astype(jnp.float32) ** 2)
+
+
+def narrow(shape, weight_channels, seed=0) -> list[Any]:
+    *arrays, merge = draw(shape, 5, weight_channels, seed, np.float32)
+    return [*jax.tree.map(lambda array: jnp.asarray(array, "bfloat16"), arrays), jnp.asarray(merge)]
+
+
+@pytest.mark.parametrize("weight_channels", [16, 1])
+def test_on_a_mesh(weight_channels):
+    """The gradients of what is whole on several devices are summed over them."""
+    arrays = narrow((2, 3, 4, 16), weight_channels)
+    gradient = jax.jit(jax.grad(kernel_loss, argnums=(0, 1, 2, 3)))
+    want = gradient(*arrays)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    x, proxy, up, merge = arrays
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P("data", None, None, "model")))
+        proxy = jax.device_put(proxy, NamedSharding(mesh, P("data")))
+        got = gradient(x, proxy, up, merge)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(one, other)
+
+
+def test_vmap_of_images_and_of_projections():
+    """Images become a larger batch; projections of several models run one after the other."""
+    one, other = narrow((1, 3, 4, 8), 8), narrow((1, 3, 4, 8), 8, seed=1)
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), one, other)
+    gradient = jax.jit(jax.grad(kernel_loss, argnums=(0, 1)))
+    with record_choices() as choices:
+        images = jax.vmap(gradient, in_axes=(0, 0, None, None))(stacked[0], stacked[1], one[2], one[3])
+        models = jax.vmap(gradient)(*stacked)
+    assert {str(choice.paths) for choice in choices} == {"low_rank; in training low_rank, backward low_rank"}
+    for k, arrays in enumerate((one, other)):
+        for got, want in zip(images, gradient(arrays[0], arrays[1], one[2], one[3]), strict=True):
+            assert_close(got[k], want)
+        for got, want in zip(models, gradient(*arrays), strict=True):
+            assert_close(got[k], want)
