@@ -33,21 +33,24 @@ NOTE = (
     "maps for four directions, a kernel is counted with the one that it takes. The loss of gspn_xl2 is the mean "
     "squared error of its noise."
 )
-COLUMNS = (
-    "model", "batch", "variant", "remat", "part", "launches", "bytes", "flops", "limit_ms", "share", "kinds",
-    "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "fault",
+KEPT, REMAT = "kept", "remat"
+NUMBERS = (
+    "batch", "launches", "bytes", "flops", "limit_ms", "share",
+    "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes",
 )  # fmt: skip
+COLUMNS = ("model", "variant", "blocks", "part", *NUMBERS, "kinds", "commit", "date", "fault")
+_ORDER = (("model", MODELS), ("variant", VARIANTS), ("blocks", (KEPT, REMAT)))
 
 
 class Case(NamedTuple):
-    """What a step is compiled for."""
+    """What a step is compiled for. `blocks`: "remat" where each is computed again in the backward pass, else "kept"."""
 
     model: str
     variant: str
-    remat: bool
+    blocks: str
 
     def __str__(self) -> str:
-        return f"{self.model} {self.variant} {'remat' if self.remat else 'kept'}"
+        return " ".join(self)
 
 
 def compile_rows(case: Case, batch_size: int = 0) -> list[Row]:
@@ -55,9 +58,9 @@ def compile_rows(case: Case, batch_size: int = 0) -> list[Row]:
     model = MODELS[case.model]
     batch_size = batch_size or model.batch_size
     row: Row = dict.fromkeys(COLUMNS, "")
-    row.update(model=case.model, batch=batch_size, variant=case.variant, remat=case.remat, part=WHOLE)
+    row.update(model=case.model, batch=batch_size, variant=case.variant, blocks=case.blocks, part=WHOLE)
     try:
-        compiled = compile_step(model.setting(VARIANTS[case.variant], case.remat, batch_size)).compiled
+        compiled = compile_step(model.setting(VARIANTS[case.variant], case.blocks == REMAT, batch_size)).compiled
     except Exception as error:  # whatever stops a compiler is a result here
         return [row | {"fault": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
     whole, *parts = rows_of_program(compiled.as_text() or "")
@@ -75,44 +78,69 @@ def compile_rows(case: Case, batch_size: int = 0) -> list[Row]:
 
 def cases(only: str = "") -> list[Case]:
     """All combinations, those alone whose text contains `only`."""
-    listed = (Case(model, variant, remat) for model in MODELS for variant in VARIANTS for remat in (False, True))
+    listed = (Case(model, variant, blocks) for model in MODELS for variant in VARIANTS for blocks in (KEPT, REMAT))
     return [case for case in listed if only in str(case)]
 
 
 def run(listed: Sequence[Case], out: str, batch_size: int = 0) -> list[Row]:
-    """Compiles all cases, writes both tables into the folder `out` after each of them, and returns the rows."""
+    """Compiles all cases and returns their rows; after each, writes both tables into the folder `out`.
+
+    The rows of other steps that the tables there hold stay, with their commit and date.
+    """
+    folder = pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)  # before the minutes that compilation takes
     about = {
         "command": f"python -m experiments.step_report {shlex.join(sys.argv[1:])}",
-        "commit": provenance.commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "compiled for": f"{deviceless.DEVICE_KIND}, with jax {jax.__version__}",
         "note": NOTE,
     }
-    folder = pathlib.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)  # before the minutes that compilation takes
-    rows: list[Row] = []
+    origin = {
+        "commit": provenance.commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    written, rows = _read(folder / "step_report.csv"), []
     for number, case in enumerate(listed, 1):
-        found = compile_rows(case, batch_size)
+        found = [row | origin for row in compile_rows(case, batch_size)]
         rows += found
         print(f"{number}/{len(listed)} {case}: {found[0]['fault'] or 'compiled'}", flush=True)
+        written = sorted([row for row in written if _title(row) != str(case)] + found, key=_place)
         with open(folder / "step_report.csv", "w", newline="") as file:
             file.writelines(f"# {key}: {value}\n" for key, value in about.items())
             writer = csv.DictWriter[str](file, COLUMNS)
             writer.writeheader()
-            writer.writerows(rows)
-        (folder / "step_report.md").write_text(_markdown(about, rows))
+            writer.writerows(written)
+        (folder / "step_report.md").write_text(_markdown(about, written))
     return rows
+
+
+def _read(path: pathlib.Path) -> list[Row]:
+    """The rows of a table, with numbers as numbers; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("# ")))
+    return [{key: _number(value) if key in NUMBERS else value for key, value in row.items()} for row in rows]
+
+
+def _number(text: str) -> float | str:
+    return text if text == "" else float(text) if "." in text or "e" in text else int(text)
+
+
+def _place(row: Row) -> tuple[int, ...]:
+    """Where the step of a row stands in the table."""
+    return tuple(list(known).index(row[key]) if row[key] in known else len(known) for key, known in _ORDER)
 
 
 def _markdown(about: dict[str, str], rows: Sequence[Row]) -> str:
     lines = ["# Train steps, compiled for an H200 and not executed", "", *(f"- {key}: {about[key]}" for key in about)]
     whole = [row for row in rows if row["part"] == WHOLE]
     memory = ("argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes")
+    others = ("limit_ms", "launches", "commit", "date", "fault")
     lines += ["", "## Memory in GB (1e9 bytes)", ""]
     lines += _table(
-        ("step", "batch", *(key.removesuffix("_bytes") for key in memory), "limit_ms", "launches", "fault"),
-        [(_title(r), r["batch"], *(_giga(r[key]) for key in memory), r["limit_ms"], r["launches"], r["fault"])
-         for r in whole],
+        ("step", "batch", *(key.removesuffix("_bytes") for key in memory), *others),
+        [(_title(row), row["batch"], *(_giga(row[key]) for key in memory), *(row[key] for key in others))
+         for row in whole],
     )  # fmt: skip
     large = [
         row for row in rows if row["share"] and row["share"] > LARGE and row["part"] not in (WHOLE, KERNELS, SCANS)
@@ -131,7 +159,7 @@ def _markdown(about: dict[str, str], rows: Sequence[Row]) -> str:
 
 
 def _title(row: Row) -> str:
-    return str(Case(row["model"], row["variant"], row["remat"]))
+    return str(Case(row["model"], row["variant"], row["blocks"]))
 
 
 def _giga(size: Any) -> str:
@@ -146,7 +174,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 def define_flags() -> None:
     flags.DEFINE_string(
-        "only", "", 'Part of "MODEL VARIANT remat" or "MODEL VARIANT kept": only steps that contain it.'
+        "only", "", 'Part of "MODEL VARIANT kept" or "MODEL VARIANT remat": only steps that contain it.'
     )
     flags.DEFINE_string("out", "experiments/results", "Folder for the two tables.")
     flags.DEFINE_integer("batch_size", 0, "Instead of the model's; 0 leaves it.", lower_bound=0)
