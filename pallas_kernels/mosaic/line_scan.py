@@ -154,7 +154,7 @@ def scan_forward(
         primitives.barriers(3, warpgroups * walk.stages),
         primitives.barriers(1 if tile.ghost else warpgroups),
     ]
-    h = primitives.blank(x.shape, x.dtype, interpret)
+    h = primitives.Blank(x.shape, x.dtype, interpret)
     walk.run("line_scan_forward", body, (x, lam, weights), [h], 1, scratch, interpret)
     return h[...]
 
@@ -248,6 +248,6 @@ def scan_backward(
         primitives.barriers(5, warpgroups * walk.stages),
         primitives.barriers(3 if tile.ghost else warpgroups),
     ]
-    grads = [primitives.blank(a.shape, a.dtype, interpret) for a in (x, mix.gradient_like(weights), lam)]
+    grads = [primitives.Blank(a.shape, a.dtype, interpret) for a in (x, mix.gradient_like(weights), lam)]
     walk.run("line_scan_backward", body, (x, lam, weights, h, grad_h), grads, 3, scratch, interpret)
     return grads[0][...], grads[1][...], grads[2][...]

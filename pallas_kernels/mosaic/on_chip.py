@@ -129,7 +129,7 @@ def propagate_forward(
         primitives.barriers(max(1, sources[0].copies), stages),
         primitives.barriers(1),
     ]
-    results = [primitives.blank(x.shape, x.dtype, interpret) for _ in range(1 + 4 * keep)]
+    results = [primitives.Blank(x.shape, x.dtype, interpret) for _ in range(1 + 4 * keep)]
     walks[0].run("propagation_on_chip", body, (x, *inputs, merge), results, 1, scratch, interpret)
     y, *states = (ref[...] for ref in results)
     return y, states

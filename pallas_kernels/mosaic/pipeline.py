@@ -182,7 +182,7 @@ class Pipeline:
         name: str,
         body: Callable[..., None],
         inputs: Sequence[jax.Array],
-        results: Sequence[Any],
+        results: Sequence[primitives.Blank],
         passed_lines: int,
         scratch: Sequence[Any],
         interpret: bool,
@@ -194,7 +194,7 @@ class Pipeline:
           body: called with the refs of: the number of the launch, `inputs`, the state of the launch before, the
             results, the state for the launch after, `scratch`. Without ghost zones the first and the states are None.
           inputs: arrays that it reads.
-          results: refs that it writes, such as `primitives.blank` makes.
+          results: what it writes.
           passed_lines: lines of state from launch to launch.
           scratch: shared memory and barriers.
           interpret: whether the interpreter runs it.
@@ -202,18 +202,35 @@ class Pipeline:
         options: Any = dict(name=name, grid=self.grid, warpgroups=self.tile.warpgroups, interpret=interpret)
         if self.tile.ghost:
             state = self.state(passed_lines)
+            empty = (lax.empty(result.like.shape, result.like.dtype) for result in results)
+            refs = [
+                jax.new_ref(a if result.array is None else result.array)
+                for a, result in zip(empty, results, strict=True)
+            ]
 
             def launch(n, given):
-                return primitives.launch(body, (n, *inputs, given), results, [state], scratch, **options)[0]
+                return primitives.launch(body, (n, *inputs, given), refs, [state], scratch, **options)[0]
 
             lax.fori_loop(0, self.launches, launch, jnp.zeros(state.shape, state.dtype))
-        else:
+            for result, ref in zip(results, refs, strict=True):
+                result.array = ref[...]
+            return
 
-            def whole(*refs):
-                arrays = len(inputs) + len(results)
-                body(None, *refs[: len(inputs)], None, *refs[len(inputs) : arrays], None, *refs[arrays:])
+        there = [result for result in results if result.array is not None]
+        new = [result for result in results if result.array is None]
+        refs = [jax.new_ref(result.array) for result in there]
 
-            primitives.launch(whole, inputs, results, [], scratch, **options)
+        def whole(*given):
+            arrays = len(inputs) + len(results)
+            taken, written, rest = given[: len(inputs)], given[len(inputs) : arrays], given[arrays:]
+            places = dict(zip(map(id, (*there, *new)), written, strict=True))
+            body(None, *taken, None, *(places[id(result)] for result in results), None, *rest)
+
+        made = primitives.launch(whole, inputs, refs, [result.like for result in new], scratch, **options)
+        for result, ref in zip(there, refs, strict=True):
+            result.array = ref[...]
+        for result, array in zip(new, made, strict=True):
+            result.array = array
 
     def meet(self, joint: Any) -> None:
         """The state line is complete: neighbours in it may belong to another warpgroup."""

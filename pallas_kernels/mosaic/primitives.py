@@ -91,9 +91,21 @@ def clear(ref: Any) -> None:
     ref[...] = plgpu.layout_cast(jnp.zeros(ref.shape, jnp.float32), strided)
 
 
-def blank(shape: Sequence[int], dtype: Any, interpret: bool) -> Any:
-    """A ref for results. The interpreter's start as NaN, so that a place which no kernel writes shows."""
-    return jax.new_ref(jnp.full(shape, jnp.nan, dtype) if interpret else lax.empty(shape, dtype))
+class Blank:
+    """An array of results, which launches fill one after the other, each its part; `[...]` is what they made of it.
+
+    The first launch makes it. One that was there before would have no operands, and XLA gives such arrays their memory
+    at the start of the program: those of all layers at once.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: Any, interpret: bool):
+        self.like = jax.ShapeDtypeStruct(tuple(shape), dtype)
+        # The interpreter's starts as NaN, so that a place which no kernel writes shows.
+        self.array: jax.Array | None = jnp.full(shape, jnp.nan, dtype) if interpret else None
+
+    def __getitem__(self, _: Any) -> jax.Array:
+        assert self.array is not None
+        return self.array
 
 
 def barriers(arrivals: int, count: int = 1) -> Any:

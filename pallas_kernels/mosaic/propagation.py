@@ -71,8 +71,8 @@ def propagate_backward(
     for d, direction in enumerate(DIRECTIONS):
         source = maps[d].of(Pipeline(x.shape, direction, chunk, tiles[d], reverse=True), d, alone=True)
         if source.mix.is_shared or not of_logits:
-            of_logits.append(primitives.blank(source.gradients[0].shape, source.gradients[0].dtype, interpret))
-        of_maps = of_maps or [primitives.blank(a.shape, a.dtype, interpret) for a in source.gradients[1:]]
+            of_logits.append(primitives.Blank(source.gradients[0].shape, source.gradients[0].dtype, interpret))
+        of_maps = of_maps or [primitives.Blank(a.shape, a.dtype, interpret) for a in source.gradients[1:]]
         dtype = x.dtype if d == len(DIRECTIONS) - 1 else jnp.float32
         grad_x, sums = _direction_backward(
             source, x, merge, h[d], grad_y, grad_x, [of_logits[-1], *of_maps], dtype=dtype, interpret=interpret
@@ -192,7 +192,7 @@ def _direction_forward(
         primitives.barriers(len(tiles) + source.copies, warpgroups * walk.stages),
         primitives.barriers(1 if tile.ghost else warpgroups),
     ]
-    results = [primitives.blank(x.shape, kind, interpret) for kind in (dtype, *([x.dtype] if keep else []))]
+    results = [primitives.Blank(x.shape, kind, interpret) for kind in (dtype, *([x.dtype] if keep else []))]
     walk.run("propagation_forward", body, (*tiles, *source.inputs, merge), results, 1, scratch, interpret)
     return results[0][...], results[1][...] if keep else None
 
@@ -321,7 +321,7 @@ def _direction_backward(
         primitives.barriers(3 if tile.ghost else warpgroups),
     ]
     sums = (walk.launches, walk.batch, walk.chunks, walk.segments, tile.extent, walk.blocks * channels)
-    made = [primitives.blank(x.shape, dtype, interpret), primitives.blank(sums, jnp.float32, interpret)]
+    made = [primitives.Blank(x.shape, dtype, interpret), primitives.Blank(sums, jnp.float32, interpret)]
     inputs = (*tiles, *source.inputs, merge)
     walk.run("propagation_backward", body, inputs, [*made, *grads], 3, scratch, interpret)
     return made[0][...], made[1][...]

@@ -1,0 +1,114 @@
+"""The train steps that `step_report` compiles: models, and how their propagation is computed."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from configs import classifier
+from experiments import classification, deviceless
+from gspn_jax import data, models
+from gspn_jax.training import MixingOptions, OptimizerOptions, TrainOptions
+from gspn_jax.training.functional import Functional
+from gspn_jax.training.loop import Task
+from gspn_jax.training.optimizer import make_optimizer
+from gspn_jax.training.state import Parameters, initial_state
+from gspn_jax.training.step import make_step
+
+STEPS = 1000  # of the run that the step belongs to: a number in the schedule, nothing depends on it
+
+
+class Variant(NamedTuple):
+    """How the propagation is computed: options of `GSPNMixer`; a path of None is left to it."""
+
+    implementation: str
+    path: str | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {"implementation": self.implementation} | ({} if self.path is None else {"path": self.path})
+
+
+class Setting(NamedTuple):
+    """What a model is trained with."""
+
+    task: Task
+    optimizer: OptimizerOptions
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+class Model(NamedTuple):
+    """A network at the batch size of its report. `setting`: of (variant, remat, batch size)."""
+
+    batch_size: int
+    setting: Callable[[Variant, bool, int], Setting]
+
+
+def classifier_setting(preset: str, size: int, variant: Variant, remat: bool, batch_size: int) -> Setting:
+    """A preset of configs/classifier.py with 1,000 classes, on images of `size` pixels a side, in bfloat16."""
+    config: Any = classifier.get_config(preset)
+    config.batch_size, config.model.remat, config.model.dtype = batch_size, remat, "bfloat16"
+    meta: Any = classification.describe(config, data.load("fake", None)) | {"num_classes": 1000}
+    meta["model"]["options"] |= variant.options
+    return Setting(
+        task=classification.make_task(meta, MixingOptions(**config.mixing.to_dict())),
+        optimizer=classification.optimizer_options(config, STEPS // config.epochs, STEPS),
+        batch={
+            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        },
+    )
+
+
+class Denoising:
+    """A generator with the mean squared error of its noise: about the memory and work of a diffusion objective."""
+
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], channels: int):
+        self._module, self._channels = Functional(build), channels
+        self.init = self._module.init
+
+    def loss(
+        self, params: Parameters, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """As `training.step.Loss`; batch: "latents" and "noise" (B, H, W, channels), "timestep" and "label" (B,)."""
+        output = self._module.apply(params, batch["latents"], batch["timestep"], batch["label"], key=key)
+        return jnp.mean(jnp.square(output[..., : self._channels] - batch["noise"])), {}
+
+
+def generator_setting(name: str, size: int, variant: Variant, remat: bool, batch_size: int) -> Setting:
+    """A preset of `models.GENERATORS` with 1,000 classes, on latents of `size` x `size` x 4, in bfloat16."""
+
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        options: Any = dict(dtype=jnp.dtype("bfloat16"), remat=remat, **variant.options)
+        return models.build_generator(name, num_classes=1000, rngs=rngs, **options)
+
+    latents = jax.ShapeDtypeStruct((batch_size, size, size, 4), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    batch = {"latents": latents, "noise": latents, "timestep": numbers, "label": numbers}
+    return Setting(Denoising(build, channels=4), OptimizerOptions(), batch)
+
+
+MODELS = {
+    "gspn_t": Model(128, functools.partial(classifier_setting, "gspn_t", 224)),
+    "gspn_xl2": Model(32, functools.partial(generator_setting, "gspn_xl2", 32)),
+}
+VARIANTS = {"xla": Variant("xla"), "fused": Variant("mosaic", "fused"), "low_rank": Variant("mosaic", "low_rank")}
+
+
+def compile_step(setting: Setting) -> deviceless.Compilation:
+    """The step that `train` would run on one H200, of abstract arrays."""
+    batch_size = next(iter(setting.batch.values())).shape[0]
+    transform = make_optimizer(setting.optimizer, num_steps=STEPS, batch_size=batch_size)
+    state = jax.eval_shape(
+        functools.partial(initial_state, setting.task.init, transform, seed=0, keep_ema=setting.optimizer.ema_decay > 0)
+    )
+    options = TrainOptions(workdir="", num_steps=STEPS, batch_size=batch_size)
+    mesh: Any = jax.sharding.AbstractMesh((1, 1), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+    shardings = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), state)
+    step = make_step(setting.task.loss, transform, setting.optimizer, options, shardings, mesh)
+    # What is jitted, without the mesh, which has no device: compilation places everything on one.
+    return deviceless.compile_for_h200(inspect.unwrap(step), state, setting.batch, donate_argnums=0)

@@ -1,0 +1,97 @@
+import pytest
+
+from experiments.hlo_costs import Program, arrays
+
+# Two frames; parents are printed one too high. The loop runs three times and updates a line of an array in place.
+TEXT = """HloModule m, is_scheduled=true
+
+FileNames
+1 "a.py"
+
+FunctionNames
+1 "outer"
+2 "inner"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
+2 {file_name_id=1 function_name_id=2 line=2 end_line=2 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+
+%product (p.0: bf16[64,32], p.1: bf16[32,16]) -> bf16[64,16] {
+  %p.0 = bf16[64,32]{1,0} parameter(0)
+  %p.1 = bf16[32,16]{1,0} parameter(1)
+  ROOT %dot = bf16[64,16]{1,0} dot(%p.0, %p.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%update (p.2: f32[8,100], p.3: bf16[8,2,100], p.4: s32[]) -> f32[8,100] {
+  %p.2 = f32[8,100]{1,0} parameter(0)
+  %p.3 = bf16[8,2,100]{2,1,0} parameter(1)
+  %p.4 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %wide = f32[8,2,100]{2,1,0} convert(%p.3)
+  %line = f32[1,2,100]{2,1,0} dynamic-slice(%wide, %p.4, %zero, %zero), dynamic_slice_sizes={1,2,100}
+  %half = f32[1,1,100]{2,1,0} slice(%line), slice={[0:1], [1:2], [0:100]}
+  %flat = f32[1,100]{1,0} bitcast(%half)
+  %exp = f32[1,100]{1,0} exponential(%flat)
+  ROOT %put = f32[8,100]{1,0} dynamic-update-slice(%p.2, %exp, %p.4, %zero)
+}
+
+%body (s: (s32[], f32[8,100], bf16[8,2,100])) -> (s32[], f32[8,100], bf16[8,2,100]) {
+  %s = (s32[], f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %a = f32[8,100]{1,0} get-tuple-element(%s), index=1
+  %b = bf16[8,2,100]{2,1,0} get-tuple-element(%s), index=2
+  %fused = f32[8,100]{1,0} fusion(%a, %b, /*index=2*/%i), kind=kLoop, calls=%update, metadata={op_name="put" stack_frame_id=2}
+  %begun = ((f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}, s32[]), f32[8,100]{1,0}, u32[]) fusion-start(%fused, %b, %i), kind=kLoop, calls=%update
+  %ended = f32[8,100]{1,0} fusion-done(%begun)
+  ROOT %t = (s32[], f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}) tuple(%i, %ended, %b)
+}
+
+ENTRY %main (x: bf16[64,32], y: bf16[32,16], z: bf16[4,9,9,6], k: bf16[6,3,3,1]) -> bf16[64,16] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %y = bf16[32,16]{1,0} parameter(1)
+  %z = bf16[4,9,9,6]{3,2,1,0} parameter(2)
+  %k = bf16[6,3,3,1]{3,2,1,0} parameter(3)
+  %gemm = bf16[64,16]{1,0} fusion(%x, %y), kind=kCustom, calls=%product, metadata={op_name="a/dot" stack_frame_id=1}
+  %moved = bf16[64,16]{0,1} copy(%gemm)
+  %conv = (bf16[4,9,9,6]{3,2,1,0}, u8[0]{0}) custom-call(%z, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, feature_group_count=6, custom_call_target="__cudnn$convForward"
+  %place = f32[2,5]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %mine = (f32[2,5]{1,0}) custom-call(%x, %place), custom_call_target="mosaic_gpu_v2", output_to_operand_aliasing={{0}: (1, {})}
+  %start = (s32[], f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}) tuple()
+  %loop = (s32[], f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}) while(%start), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %out = bf16[64,16]{1,0} bitcast(%moved)
+}
+"""  # noqa: E501
+
+
+def test_costs_of_each_kind():
+    costs = {cost.name: cost for cost in Program(TEXT).costs()}
+    assert list(costs) == ["gemm", "moved", "conv", "mine", "fused", "begun"]
+    gemm, moved, conv, mine, fused, begun = costs.values()
+    assert (gemm.kind, gemm.bytes, gemm.flops) == (
+        "matrix product",
+        2 * (64 * 32 + 32 * 16 + 64 * 16),
+        2 * 64 * 32 * 16,
+    )
+    assert gemm.frames == ("outer",) and gemm.operation == "a/dot" and gemm.launches == 1
+    # A copy that the compiler added belongs where its operand does.
+    assert (moved.kind, moved.bytes, moved.frames) == ("copy", 4 * 64 * 16, ("outer",))
+    assert (conv.kind, conv.flops) == ("depthwise convolution", 2 * 9 * 4 * 9 * 9 * 6)
+    # Written into the place of an operand: counted once.
+    assert (mine.kind, mine.bytes) == ("mosaic_gpu_v2", 2 * 64 * 32 + 4 * 2 * 5)
+    # Half of a line read, the index read, a line written; three times.
+    assert (fused.bytes, fused.launches, fused.frames) == (100 * 2 + 4 + 100 * 4, 3, ("inner", "outer"))
+    assert (begun.kind, begun.bytes, begun.launches) == ("fusion", fused.bytes, 3)
+
+
+def test_arrays_of_a_shape():
+    found = arrays("(f32[2,3]{1,0}, /*index=1*/pred[], bf16[0]{0}, s4[3]{0}, f8e4m3fn[5]{0})")
+    assert [array.bytes for array in found] == [24, 1, 0, 2, 5]
+
+
+def test_text_that_is_no_program():
+    with pytest.raises(ValueError, match="ENTRY"):
+        Program("module {}")
