@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments import hlo_costs
-from experiments.kernel_report import COPY_BANDWIDTH
+from experiments.kernel_limits import COPY_BANDWIDTH
 
 MATRIX_FLOPS = 700e12  # a second, bfloat16 on the tensor cores of an H200; its data sheet says 989e12
 VECTOR_FLOPS = 60e12  # a second, float32 beside them, where depthwise convolutions run; its data sheet says 67e12

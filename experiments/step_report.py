@@ -19,7 +19,7 @@ import jax
 from absl import flags
 
 from experiments import command_line, deviceless, provenance
-from experiments.kernel_report import COPY_BANDWIDTH
+from experiments.kernel_limits import COPY_BANDWIDTH
 from experiments.step_cases import MODELS, VARIANTS, compile_step
 from experiments.step_parts import KERNELS, MATRIX_FLOPS, SCANS, VECTOR_FLOPS, WHOLE, Row, rows_of_program
 
