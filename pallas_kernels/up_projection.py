@@ -42,8 +42,9 @@ def gradients_of_maps(proxy: jax.Array, up: UpProjection, grads: tuple) -> tuple
         if column is None:
             of_up.append(None)
             continue
-        axes = "dkc" if grad.ndim == 6 else "dc"
-        of_proxy += jnp.einsum(f"bhw{axes},s{axes}->bhws", grad, column, preferred_element_type=dtype)
-        of_up.append(jnp.einsum(f"bhws,bhw{axes}->s{axes}", proxy, grad, preferred_element_type=dtype))
+        # All maps of a pixel on one axis: of several XLA makes a copy in another order.
+        grad, rows = grad.reshape(*proxy.shape[:3], -1), column.reshape(column.shape[0], -1)
+        of_proxy += jnp.einsum("bhwm,sm->bhws", grad, rows, preferred_element_type=dtype)
+        of_up.append(jnp.einsum("bhws,bhwm->sm", proxy, grad, preferred_element_type=dtype).reshape(column.shape))
     of_up[0] = of_up[0].reshape(*up.logits.shape, -1).sum(-1)
     return of_proxy, UpProjection(*of_up)
