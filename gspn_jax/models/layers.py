@@ -1,5 +1,6 @@
 """Layers that several networks share, as the authors' programs define them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,16 @@ from gspn_jax.models.depthwise import depthwise_conv, sum_dtype
 NORMAL = nnx.initializers.normal(0.02)
 
 
-def layer_norm(features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.LayerNorm:
+class LayerNorm(nnx.LayerNorm):
+    """Keeps its input for the gradient, and not the five float32 maps on the way from it to the result."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.checkpoint(super().__call__)(x)
+
+
+def layer_norm(features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, epsilon: float = 1e-5) -> LayerNorm:
     """LayerNorm over channels, statistics in float32 from centred values."""
-    return nnx.LayerNorm(features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
+    return LayerNorm(features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 def conv3x3(inputs: int, outputs: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
@@ -76,7 +84,9 @@ class MLP(nnx.Module):
         self.narrow = nnx.Linear(hidden, features, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.narrow(jax.nn.gelu(self.widen(x), approximate=False))
+        # What the activation makes on its way is computed again for the gradient: two maps of the hidden width less.
+        gelu = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=False))
+        return self.narrow(gelu(self.widen(x)))
 
 
 def residual(x: jax.Array, branch: Callable[[jax.Array], jax.Array], rate: float, key: jax.Array | None) -> jax.Array:
