@@ -99,7 +99,8 @@ def choose_propagation(
     from pallas_kernels.mosaic import paths  # here, since importing Pallas takes a second
 
     is_interpreted = choice.implementation == "mosaic_interpret"
-    work = paths.Work(x.shape, x.dtype.name, weight_channels, chunk, rank or 0)
+    widest = max(dtypes, key=lambda name: jax.numpy.dtype(name).itemsize)  # what fits with it fits with the others
+    work = paths.Work(x.shape, widest, weight_channels, chunk, rank or 0)
     chosen = paths.choose(work, path, is_interpreted)
     why = "path asked for" if path else f"paths {paths.basis()}"
     return _recorded(dataclasses.replace(choice, paths=chosen, reason="; ".join(filter(None, (choice.reason, why)))))

@@ -47,8 +47,8 @@ class Made:
     """Maps that a kernel makes: proxy @ up. 16-bit dtypes.
 
     Attributes:
-      proxy: (B, lines * pitch + rows of a product, S), the pixels of each line that the scan walks one after the other
-        and zeros up to `pitch`. S is a multiple of 16.
+      proxy: (B, lines * pitch and zeros as far as a product may reach, S), the pixels of each line that the scan walks
+        one after the other and zeros up to `pitch`. S is a multiple of 16.
       pitch: pixels from line to line of the proxy.
       up: (S, blocks * 6 * channels of a tile): for each channel block its columns of the three logits, lam, gate, skip.
       has_skip: whether skip is more than zeros.

@@ -26,7 +26,7 @@ class Work:
     """A propagation, as far as its paths depend on it."""
 
     shape: tuple[int, ...]  # of x: (B, H, W, C)
-    dtype: str  # of x; the maps have it too
+    dtype: str  # of x and the maps; the wider where they differ
     weight_channels: int
     chunk: int | None
     rank: int = 0  # S of the proxy; 0 where the maps are given
