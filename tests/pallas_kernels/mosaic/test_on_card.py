@@ -14,8 +14,9 @@ def test_covering_cases(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", propagation_cases.covering(), ids=str)
-def test_covering_cases_of_propagation(case):
+def test_covering_cases_of_propagation(case, planned):
     """The reference's results, and the same bits again; in inference too."""
+    planned(propagation_cases.TILES[case.tile])
     propagation_cases.check(case, "mosaic")
     propagation_cases.check_inference(case, "mosaic")
     one, other = (propagation_cases.y_and_gradients(case, "mosaic", *case.arrays()) for _ in range(2))

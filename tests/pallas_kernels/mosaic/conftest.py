@@ -1,0 +1,27 @@
+"""What the tests of the kernels share."""
+
+import jax
+import pytest
+
+from pallas_kernels.mosaic import forms
+from pallas_kernels.mosaic.tiles import Tile, plan
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Makes the kernels that a tile serves take it, of which there must be one by the end of the test."""
+    wanted, taken = [], []
+
+    def use(tile: Tile | None) -> None:
+        def take(work, card, *rest):
+            if tile is not None and work.fits(tile, card):
+                taken.append(work.kernel)
+                return tile
+            return plan(work, card, *rest)
+
+        wanted.append(tile)
+        monkeypatch.setattr(forms, "plan", take)
+        jax.clear_caches()
+
+    yield use
+    assert taken or wanted in ([], [None])
