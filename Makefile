@@ -29,11 +29,11 @@ train: venv
 
 test: venv
 	@echo "Running the tests in $(WORKERS) processes."
-	@$(PYTHON) -m pytest -n $(WORKERS) $(ARGS)
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist=worksteal $(ARGS)
 
 test-all: venv
 	@echo "Running all tests, with more combinations for the kernels, in $(WORKERS) processes."
-	@$(PYTHON) -m pytest -n $(WORKERS) -m "full or not full" $(ARGS)
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist=worksteal -m "full or not full" $(ARGS)
 
 lint: venv
 	@$(PYTHON) -m ruff check .

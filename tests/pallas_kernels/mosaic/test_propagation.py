@@ -44,7 +44,7 @@ def test_covering_cases_cover_every_allowed_pair_and_are_few():
 
 
 @pytest.mark.skipif(bool(deviceless.missing()), reason=str(deviceless.missing()))
-@pytest.mark.parametrize("case", covering(), ids=str)
+@pytest.mark.parametrize("case", propagation_cases.compiled(), ids=str)
 def test_compiled(case, planned):
     planned(TILES[case.tile])
     run = lambda *arrays: propagation_cases.y_and_gradients(case, "mosaic", *arrays)  # noqa: E731
