@@ -87,10 +87,9 @@ def narrow(shape, weight_channels, seed=0) -> list[Any]:
     return [*jax.tree.map(lambda array: jnp.asarray(array, "bfloat16"), arrays), jnp.asarray(merge)]
 
 
-@pytest.mark.parametrize("weight_channels", [16, 1])
-def test_on_a_mesh(weight_channels):
+def test_on_a_mesh():
     """The gradients of what is whole on several devices are summed over them."""
-    arrays = narrow((2, 2, 3, 16), weight_channels)
+    arrays = narrow((2, 2, 3, 16), weight_channels=1)
     gradient = jax.jit(jax.grad(kernel_loss, argnums=(0, 1, 2, 3)))
     want = gradient(*arrays)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])

@@ -180,6 +180,11 @@ def covering() -> tuple[Case, ...]:
     return covering_set(product(), AXES, [60 + case.cost for case in product()])
 
 
+def compiled() -> tuple[Case, ...]:
+    """Of the covering cases one for each tile and dtypes."""
+    return tuple({(case.tile, case.dtypes): case for case in covering()}.values())
+
+
 def draw(case: Case) -> tuple[jax.Array, ...]:
     """x, weights or logits, lam, and the gradient that reaches h."""
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))

@@ -15,7 +15,8 @@ from pallas_kernels.mosaic.tiles import Tile
 from tests.pallas_kernels.mosaic.cases import covering_set
 from tests.tolerances import TOLERANCES, assert_close
 
-SIZES = {"square": (5, 5), "tall": (6, 4), "wide": (3, 10), "one line": (1, 6), "one pixel": (6, 1), "long": (9, 50)}
+# "one line" is also, to the two directions that walk along it, lines of one pixel.
+SIZES = {"square": (5, 5), "tall": (6, 4), "wide": (3, 10), "one line": (1, 6), "long": (9, 50)}
 TILES = {
     "planned": None, "broad": Tile(16, 24, 1, 2, 1), "two": Tile(8, 16, 2, 3, 2), "cut": Tile(8, 48, 1, 2, 1, ghost=8),
     "single": Tile(16, 24, 1, 1, 1),
@@ -24,7 +25,7 @@ AXES = {
     "path": PATHS,
     "size": tuple(SIZES),
     "map": ((1, 8), (2, 9), (1, 24)),  # batch and channels
-    "chunk": (None, 2, 30),
+    "chunk": (None, 2),
     "sharing": ("none", "all", "three"),  # channels that share a weight
     "dtypes": ("float32", "bfloat16", "float16", "wide x"),  # of x and of the maps or the proxy
     "rank": (3, 40),
@@ -81,11 +82,10 @@ class Case(NamedTuple):
             # Sizes at the edge, and those that cost most, with little else besides.
             self.size in ("square", "tall", "wide")
             or (self.rank == 3 and self.sharing == "none" and self.dtypes == ("wide x" if made else "float32")),
-            not self.size.startswith("one") or self.tile == "planned",
+            self.size != "one line" or (self.tile == "planned" and self.map == (1, 24)),
             self.size != "long" or self.map == (2, 9),
             self.tile != "single" or self.path == "low_rank_on_chip",
             not on_chip or self.tile not in ("two", "cut"),
-            self.chunk != 30 or self.size in ("tall", "wide"),
         ))  # fmt: skip
 
     @property
@@ -162,6 +162,7 @@ def check(case: Case, implementation: str) -> None:
         # A gradient is made of maps and h as they were kept; that of a projection of gradients of maps, rounded again.
         least = TOLERANCES[case.dtype_of_x if name == "y" else case.dtype_of_maps]
         least *= 2 if case.path.startswith("low_rank") and name in UpProjection._fields else 1
+        least *= 4 if name == "merge" else 1  # four sums over the whole map, which cancel
         assert_close(got[name], reference, tolerance=max(least, TOLERANCES[reference.dtype.name]), name=name)
 
 

@@ -29,7 +29,7 @@ def assert_sound(kernel: deviceless.Kernel) -> None:
     assert not sum(kernel.count(opcode) for opcode in BY_THREADS), kernel.opcodes
 
 
-@pytest.mark.parametrize("case", cases.covering(), ids=str)
+@pytest.mark.parametrize("case", cases.compiled(), ids=str)
 def test_interpreted_cases_compile(case):
     operation = line_scan if case.source == "weights" else line_scan_from_logits
     scan = functools.partial(
