@@ -1,5 +1,5 @@
 # make train   train the default job, real handwritten digits, on whatever device is here
-# make test    run the test suite; make test-all: 400 more combinations of what the kernels can be asked for
+# make test    run the test suite; make test-all: 500 more combinations of what the kernels can be asked for
 # Both make .venv first when it is missing, and need nothing else than Python 3.12 or 3.13.
 
 VENV := .venv
@@ -15,7 +15,7 @@ help:
 	@echo "make train   train GSPN on $(CONFIG), into $(WORKDIR)"
 	@echo "             more flags: make train ARGS='--config.steps=200', CONFIG=..., WORKDIR=..."
 	@echo "make test    run the test suite in $(WORKERS) processes; a part of it: make test ARGS='tests/data -x'"
-	@echo "make test-all  the same with 400 more combinations for the kernels, drawn from all: TEST_SEED=1 draws others"
+	@echo "make test-all  the same with 500 more combinations for the kernels, drawn from all: TEST_SEED=1 draws others"
 	@echo "make lint    ruff and pyright"
 	@echo "make lock    compile requirements.lock again (needs uv)"
 	@echo "make clean   remove caches and build products; keeps $(VENV) and runs"

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import device_time
-from experiments.kernel_shapes import LAYERS, KernelShape, select
+from experiments.kernel_shapes import CHOSEN, KernelShape, select
 from pallas_kernels import UpProjection, propagate, propagate_low_rank
 from pallas_kernels.dispatch import PATHS
 from pallas_kernels.mosaic import card, paths
@@ -27,7 +27,6 @@ from pallas_kernels.up_projection import maps_of
 
 DTYPE = "bfloat16"
 COPY_BANDWIDTH = 4.3e12  # bytes a second, of a large copy on an H200
-MAPS_BYTES = 24 * 2  # written for each pixel and channel
 NAMES = ("inference", "training", "backward", "given_inference", "given_training")
 
 Times = dict[str, dict[str, float]]  # mode, then path: milliseconds
@@ -52,7 +51,8 @@ def estimate(shape: KernelShape) -> Times:
         found = [form.work.seconds(form.tile, card.planned_for()) for form in forms]
         return found[0] if path.endswith(paths.ON_CHIP) else sum(found)
 
-    making = 1e3 * MAPS_BYTES * elements / COPY_BANDWIDTH
+    # Twelve logits and twelve other maps, of 16 bits, are written.
+    making = 1e3 * 24 * elements * (1 + shape.weight_channels / shape.channels) / COPY_BANDWIDTH
     keeping = 1e3 * 8 * elements / COPY_BANDWIDTH
     for path in PATHS:
         made = path.startswith("low_rank")
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.choose_paths", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--shapes", type=lambda text: text.split(","), default=[shape.name for shape in LAYERS],
+    parser.add_argument("--shapes", type=lambda text: text.split(","), default=[shape.name for shape in CHOSEN],
                         help="groups or names of experiments/kernel_shapes.py whose layers have a proxy")  # fmt: skip
     parser.add_argument("--out", help="another table than pallas_kernels/mosaic/paths.json")
     options = parser.parse_args(arguments)

@@ -99,11 +99,11 @@ def make_task(meta: Mapping[str, Any], mixing: MixingOptions | None = None) -> C
     )
 
 
-def layer_lines(meta: Mapping[str, Any]) -> list[str]:
-    """Returns what each line scan of the model runs on."""
+def layer_lines(meta: Mapping[str, Any], batch_size: int) -> list[str]:
+    """Returns what each line scan of the model runs on, with so many images at a time."""
     model = nnx.eval_shape(lambda: model_builder(meta)(nnx.Rngs(0)))
     size = meta["data"]["image_size"]
-    return models.layer_report(model, (1, size, size, 3))
+    return models.layer_report(model, (batch_size, size, size, 3))
 
 
 def training_batches(config: Any, source: data.Source) -> data.Batches:

@@ -26,6 +26,7 @@ from experiments.machine import Machine, observe
 
 _MODEL = flags.DEFINE_string("model", "gspn_t", "Model whose layers are listed; empty for none.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Height and width, in pixels, of the images that it gets.", 1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images that it gets at a time.", 1)
 
 CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 OLDEST_CUDA13_DRIVER = 580  # major version of the first driver that runs CUDA 13
@@ -181,7 +182,7 @@ def describe_devices() -> list[str]:
     return lines
 
 
-def describe_model(name: str, image_size: int) -> list[Finding]:
+def describe_model(name: str, image_size: int, batch_size: int) -> list[Finding]:
     """Prints one line for each line scan of the model, from shapes alone: no parameter is made."""
     try:
         from flax import nnx
@@ -190,14 +191,14 @@ def describe_model(name: str, image_size: int) -> list[Finding]:
     except ImportError as missing:
         return [Finding(f"the models cannot be imported: {missing}. `make venv` installs what they need.")]
     model = nnx.eval_shape(lambda: models.build(name, num_classes=1000, dtype="bfloat16", rngs=nnx.Rngs(0)))
-    print(f"{name} at {image_size} x {image_size} in bfloat16:")
+    print(f"{name} with {batch_size} images of {image_size} x {image_size} in bfloat16:")
     with jax.numpy_dtype_promotion("standard"):  # flax mixes float32 parameters with bfloat16 maps
-        lines = models.layer_report(model, (1, image_size, image_size, 3))
+        lines = models.layer_report(model, (batch_size, image_size, image_size, 3))
     print("\n".join(f"  {line}" for line in lines))
     return []
 
 
-def report(machine: Machine, model: str, image_size: int) -> int:
+def report(machine: Machine, model: str, image_size: int, batch_size: int) -> int:
     """Prints what there is and what is wrong with it; returns the number of faults."""
     python = ".".join(map(str, machine.python))
     print(f"Python {python} on {platform.platform()}, {os.cpu_count()} CPU cores, {machine.free_disk:.0f} GiB free")
@@ -210,7 +211,7 @@ def report(machine: Machine, model: str, image_size: int) -> int:
         print("Implementations of the line scan, fastest first:")
         for name, reason in pallas_kernels.implementations().items():
             print(f"  {name}: {'can run here' if reason is None else reason}")
-        findings += describe_model(model, image_size) if model else []
+        findings += describe_model(model, image_size, batch_size) if model else []
     for finding in findings:
         print(f"{'FAULT' if finding.is_fault else 'note'}: {finding.text}")
     faults = sum(finding.is_fault for finding in findings)
@@ -223,7 +224,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     try:
-        faults = report(observe(), _MODEL.value, _IMAGE_SIZE.value)
+        faults = report(observe(), _MODEL.value, _IMAGE_SIZE.value, _BATCH_SIZE.value)
     except ValueError as error:  # of a flag: the model's name, or a size that it cannot take
         sys.exit(f"doctor: {error}")
     sys.exit(1 if faults else 0)

@@ -24,7 +24,7 @@ from absl import flags
 from experiments import command_line, deviceless, kernel_limits, machine_code, provenance
 from experiments.kernel_contenders import bytes_moved
 from experiments.kernel_limits import Moved, Walk
-from experiments.kernel_shapes import CROSSOVER, LARGER, LAYERS, SHAPES, KernelShape
+from experiments.kernel_shapes import CROSSOVER, LARGER, LAYERS, SHAPES, SHARED, KernelShape
 from pallas_kernels import DIRECTIONS
 from pallas_kernels.dispatch import PATHS
 from pallas_kernels.mosaic import operations, paths, primitives
@@ -245,7 +245,7 @@ def cases(
         for shape in shapes
         for dtype in dtypes
         for direction, operation in (
-            *([] if shape in (*LARGER, *CROSSOVER) else scans),
+            *([] if shape in (*LARGER, *CROSSOVER, *SHARED) else scans),
             *([(ALL_DIRECTIONS, path) for path in PATHS] if shape in LAYERS else []),
         )
         for pass_ in PASSES

@@ -137,6 +137,11 @@ CROSSOVER = (
     KernelShape("width1280_16", 2, 16, 16, 1280, rank=160),
 )
 
+# Layers of GSPN-2: one affinity for all channels.
+SHARED = tuple(
+    dataclasses.replace(shape, name=f"{shape.name}_shared", weight_channels=1) for shape in (*GSPN_T, *GENERATORS)
+)
+
 GROUPS = {
     "gspn2": GSPN2,
     "table1": TABLE1,
@@ -153,12 +158,15 @@ GROUPS = {
     "compact": COMPACT,
     "long": LONG,
     "crossover": CROSSOVER,
+    "shared": SHARED,
 }
 SHAPES = tuple(shape for group in GROUPS.values() for shape in group)
 # Layers of the same widths as others, at larger images.
 LARGER = (*GSPN_T_384, *GSPN_S_384, *GSPN_B_384, *GENERATORS_512)
 # Where a layer of a model propagates: in four directions.
 LAYERS = (*GSPN_T, *GSPN_S, *GSPN_B, *GSPN_NANO, *GENERATORS, *SDXL, *LARGER)
+# The maps for which the cheapest kernels are looked up.
+CHOSEN = (*LAYERS, *CROSSOVER, *SHARED)
 
 
 def select(names: Sequence[str]) -> tuple[KernelShape, ...]:

@@ -56,7 +56,7 @@ def run(config: Any, workdir: str) -> Result:
             meta=meta,
             free_keys=classification.FREE_KEYS,
             initial=classification.start_from(config.init_from, meta) if config.init_from else None,
-            report=classification.layer_lines(meta),
+            report=classification.layer_lines(meta, config.batch_size // config.accumulate),
         )
     finally:
         batches.close()

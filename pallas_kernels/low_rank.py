@@ -51,6 +51,8 @@ def propagate_low_rank(
     chunk = checks.check_chunk(chunk)
     checks.check_axis_name("batch_axis", batch_axis)
     checks.check_axis_name("channel_axis", channel_axis)
+    if path is not None and path not in dispatch.PATHS:
+        raise ValueError(f"path: expected None or one of {', '.join(dispatch.PATHS)}; got {path!r}")
     if proxy.dtype.itemsize > 2:
         if path is not None and path.startswith("low_rank"):
             raise ValueError(f"path: {path!r} expects a 16-bit proxy, got {proxy.dtype.name}")

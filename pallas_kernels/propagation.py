@@ -51,8 +51,8 @@ def propagate(
       y, (B, H, W, C) in x's dtype.
 
     Raises:
-      ValueError: wrong shapes, dtypes, chunk or names; "unturned" on a map that is not square; an implementation that
-        cannot run here.
+      ValueError: wrong shapes, dtypes, chunk or names; "unturned" on a map that is not square; an implementation or
+        path that cannot run here.
     """
     x, logits, lam, gate, merge = (jnp.asarray(array) for array in (x, logits, lam, gate, merge))
     skip = None if skip is None else jnp.asarray(skip)

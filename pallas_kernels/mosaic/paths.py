@@ -45,14 +45,17 @@ def choose(work: Work, path: str | None, is_interpreted: bool = False) -> Paths:
     row = nearest(work)
     prefix = "" if work.rank else "given_"
 
-    def possible(name: str) -> str:
-        try:
-            _ = forms(work, name, is_interpreted)
-            return name
-        except ValueError:  # a map like that of the row, but larger
-            return name.removesuffix(ON_CHIP)
+    def possible(name: str, kernel: str = "forward") -> str:
+        """The path of the row, or what serves a map that is larger or of a higher rank."""
+        for candidate in (name, name.removesuffix(ON_CHIP)):
+            try:
+                _ = forms(work, candidate, is_interpreted, kernel)
+                return candidate
+            except ValueError:
+                pass
+        return "fused"
 
-    backward = row["backward"] if work.rank else "fused"
+    backward = possible(row["backward"], "backward") if work.rank else "fused"
     return Paths(possible(row[prefix + "inference"]), possible(row[prefix + "training"]), backward)
 
 
@@ -91,12 +94,13 @@ def _work_of(row: Mapping[str, Any]) -> Work:
 
 
 def _features(work: Work) -> list[float]:
-    """Logarithms of what decides: sides, lines of a chunk, parallel work, rank."""
+    """Logarithms of what decides: sides, lines of a chunk, parallel work, channels that share a weight, rank."""
     batch, height, width, channels = work.shape
     longer, shorter = max(height, width), min(height, width)
     lines = min(work.chunk or longer, longer)
     rank = [work.rank + 16] if work.rank else []
-    return [math.log2(value) for value in (longer, shorter, lines, batch * channels, *rank)]
+    sharing = channels / work.weight_channels
+    return [math.log2(value) for value in (longer, shorter, lines, batch * channels, sharing, *rank)]
 
 
 def _distance(one: list[float], other: list[float]) -> float:

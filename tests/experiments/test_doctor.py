@@ -151,17 +151,17 @@ def test_observe_reports_a_backend_that_does_not_start(monkeypatch):
 
 
 def test_report_names_backend_devices_implementations_and_layers(capsys):
-    assert doctor.report(CPU, "gspn_nano", 32) == 0
+    assert doctor.report(CPU, "gspn_nano", 32, 8) == 0
     printed = capsys.readouterr().out
     for words in ("jax 0.11.2", "Backend: cpu", "device 7: cpu", "xla: can run here", "No fault found."):
         assert words in printed
-    layers = printed.split("gspn_nano at 32 x 32 in bfloat16:\n")[1].splitlines()
+    layers = printed.split("gspn_nano with 8 images of 32 x 32 in bfloat16:\n")[1].splitlines()
     assert any("xla" in line for line in layers)
 
 
 def test_report_counts_faults(capsys):
     broken = dataclasses.replace(CPU, python=(3, 11), free_disk=0.0, environment={"JAX_PLATFORMS": "cpu"})
-    assert doctor.report(broken, "", 224) == 2
+    assert doctor.report(broken, "", 224, 1) == 2
     printed = capsys.readouterr().out
     assert printed.count("FAULT: ") == 2 and printed.count("note: ") == 1 and printed.endswith("2 faults found.\n")
 

@@ -81,6 +81,7 @@ def test_starts_like_a_convolution_of_its_fan_in():
     (dict(proxy_rank=0), ("proxy_rank", "at least 1", "0")),
     (dict(weight_channels=3), ("weight_channels", "divisor of 8", "3")),
     (dict(propagation_channels=4, weight_channels=8), ("weight_channels", "divisor of 4", "8")),
+    (dict(path="bogus"), ("path", "low_rank_on_chip", "'bogus'")),
 ])  # fmt: skip
 def test_bad_arguments(options, words):
     with pytest.raises(ValueError) as error:

@@ -67,7 +67,8 @@ def test_gradients_of_maps_are_those_of_autodiff(skip):
     ("up", (1, 2, 3, 4), ("UpProjection", "tuple")),
     ("merge", np.zeros(3, np.float32), ("(4,)", "(3,)")),
     ("path", "low_rank", ("16-bit", "float32")), ("path", "fused", ("xla", "'fused'")),
-    ("path", "fastest", ("fused", "'fastest'")), ("chunk", 0, ("at least 1", "0")),
+    ("path", "fastest", ("low_rank_on_chip", "'fastest'")), ("path", 5, ("low_rank_on_chip", "5")),
+    ("chunk", 0, ("at least 1", "0")),
 ])  # fmt: skip
 def test_bad_arguments(name, value, words):
     arguments = dict(zip(("x", "proxy", "up", "merge"), draw(dtype=np.float32), strict=True)) | {name: value}
