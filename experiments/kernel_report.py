@@ -24,7 +24,7 @@ from absl import flags
 from experiments import command_line, deviceless, kernel_limits, machine_code, provenance
 from experiments.kernel_contenders import bytes_moved
 from experiments.kernel_limits import Moved, Walk
-from experiments.kernel_shapes import CROSSOVER, LARGER, LAYERS, SHAPES, SHARED, KernelShape
+from experiments.kernel_shapes import CHOSEN, CROSSOVER, LARGER, SHAPES, SHARED, KernelShape
 from pallas_kernels import DIRECTIONS
 from pallas_kernels.dispatch import PATHS
 from pallas_kernels.mosaic import operations, paths, primitives
@@ -32,7 +32,8 @@ from pallas_kernels.mosaic.forms import Form
 from pallas_kernels.mosaic.tiles import MAPS
 from pallas_kernels.up_projection import UpProjection
 
-PASSES = ("forward", "backward")
+FORWARD, TRAINING, BACKWARD = "forward", "training forward", "backward"  # the second keeps h for the third
+PASSES = (FORWARD, TRAINING, BACKWARD)
 OPERATIONS = ("from_logits", "from_weights")  # of one direction
 ALL_DIRECTIONS = "all"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -45,7 +46,7 @@ NOTE = (
     "the operation moves. The columns in microseconds are arithmetic with nominal rates: how long each unit alone "
     "would work for the whole operation if every launch of it were the row's kernel; limited_by names the slowest. "
     "temporary_bytes are those of the whole program: what it pads and lays out for the kernel, and the state that "
-    "launches hand on."
+    "launches hand on. A training forward pass writes the four h besides."
 )
 RATES = (
     f"{kernel_limits.COPY_BANDWIDTH / 1e12} TB/s of memory, about that of a copy on the card; "
@@ -88,7 +89,7 @@ def bind(case: Case) -> tuple[Callable[..., Any], list[Any], list[Walk]]:
     x = jax.ShapeDtypeStruct(maps, dtype)
     weights = jax.ShapeDtypeStruct((*maps[:3], 3, shape.weight_channels), dtype if from_logits else jnp.float32)
     kernels = operations.Kernels()
-    if case.pass_ == "forward":
+    if case.pass_ == FORWARD:
         function, arguments, loads, stores = kernels.scan_forward, [x, weights, x], (x, x), (x,)
     else:
         function, arguments, loads, stores = kernels.scan_backward, [x, weights, x, x, x], (x, x, x, x), (x, x)
@@ -100,8 +101,8 @@ def bind(case: Case) -> tuple[Callable[..., Any], list[Any], list[Walk]]:
 
 
 def _bind_propagation(case: Case) -> tuple[Callable[..., Any], list[Any], list[Walk]]:
-    """Four directions with gate and skip; forward without the four h, as in inference."""
-    shape, path, is_forward = case.shape, case.operation, case.pass_ == "forward"
+    """Four directions with gate and skip."""
+    shape, path, is_forward = case.shape, case.operation, case.pass_ != BACKWARD
     pixels = (shape.batch, shape.height, shape.width)
 
     def array(*axes: int, dtype: Any = case.dtype) -> jax.ShapeDtypeStruct:
@@ -122,11 +123,11 @@ def _bind_propagation(case: Case) -> tuple[Callable[..., Any], list[Any], list[W
         function = kernels.propagation_forward if is_forward else kernels.propagation_backward
         options |= dict(path=path) if is_forward else {}
     if is_forward:
-        options["keep"] = False
+        options["keep"] = case.pass_ == TRAINING
     else:
         arguments += [[x] * 4, x]
     with deviceless.h200():
-        forms = paths.forms(_work(case), path, kernel=case.pass_).forms
+        forms = paths.forms(_work(case), path, kernel=FORWARD if is_forward else BACKWARD).forms
     walks = [Walk.of(form, shape.height, shape.width, path.endswith(paths.ON_CHIP)) for form in forms]
     return functools.partial(function, **options), arguments, walks
 
@@ -150,10 +151,14 @@ def _moved(case: Case) -> Moved:
     weights = 3 * maps * shape.weight_channels // shape.channels
     is_made, is_on_chip = case.operation.startswith("low_rank"), case.operation.endswith(paths.ON_CHIP)
     of_maps = 3 * maps + weights  # of a direction
+    kept = 4 * maps if case.pass_ == TRAINING else 0  # h
     if is_on_chip:
-        values, total = 2 * maps, 0  # x and y
-    elif case.pass_ == "forward":
-        values, total = 4 * maps, (24 + size) * maps  # x; the sum is written 3 times and read 3 times, then y written
+        values, total = 2 * maps + kept, 0  # x and y
+    elif case.pass_ != BACKWARD:
+        values, total = (
+            4 * maps + kept,
+            (24 + size) * maps,
+        )  # x; the sum is written 3 times and read 3 times, then y written
     else:
         # x, h, the gradient of y, and the gradients of the maps: of logits for all channels if the kernel made them.
         values, total = 4 * (3 * maps + (6 * maps if is_made else of_maps)), (24 + size) * maps
@@ -246,7 +251,7 @@ def cases(
         for dtype in dtypes
         for direction, operation in (
             *([] if shape in (*LARGER, *CROSSOVER, *SHARED) else scans),
-            *([(ALL_DIRECTIONS, path) for path in PATHS] if shape in LAYERS else []),
+            *([(ALL_DIRECTIONS, path) for path in PATHS] if shape in CHOSEN else []),
         )
         for pass_ in PASSES
     )
@@ -255,13 +260,15 @@ def cases(
 
 def exists(case: Case) -> bool:
     """Whether there is such a kernel: on chip forward alone, where the map fits; of a proxy in 16 bits alone."""
+    if case.operation not in PATHS:
+        return case.pass_ != TRAINING  # whose h is the result
     if case.operation.startswith("low_rank") and case.dtype == "float32":
         return False
     if not case.operation.endswith(paths.ON_CHIP):
         return True
     try:
         with deviceless.h200():
-            return case.pass_ == "forward" and bool(paths.forms(_work(case), case.operation))
+            return case.pass_ != BACKWARD and bool(paths.forms(_work(case), case.operation))
     except ValueError:  # no tile serves the map
         return False
 
