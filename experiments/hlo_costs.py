@@ -126,7 +126,16 @@ class Program:
                 and instruction.target not in _FREE_TARGETS
                 and not instruction.opcode.endswith("-done")
             ):
-                yield self._cost(computation, instruction, trips)
+                yield self._cost(*self._launched(computation, instruction), trips)
+
+    def _launched(self, key: str, instruction: Instruction) -> tuple[str, Instruction]:
+        """The instruction itself; the custom call in a fusion that gives it slices of its operands and results."""
+        if instruction.opcode == "fusion":
+            inside = instruction.attribute(r"calls=%?([\w.\-]+)")
+            for inner in self._computations[inside].values():
+                if inner.target and inner.target not in _FREE_TARGETS:
+                    return inside, inner
+        return key, instruction
 
     def _cost(self, key: str, instruction: Instruction, trips: int) -> Cost:
         shapes = [self._computations[key][name].shape for name in instruction.operands]

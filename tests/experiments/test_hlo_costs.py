@@ -50,6 +50,16 @@ StackFrames
   ROOT %t = (s32[], f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}) tuple(%i, %ended, %b)
 }
 
+%sliced (p.5: f32[3,2,5], p.6: bf16[7,2,5], p.7: s32[]) -> bf16[7,2,5] {
+  %p.5 = f32[3,2,5]{2,1,0} parameter(0)
+  %p.6 = bf16[7,2,5]{2,1,0} parameter(1)
+  %p.7 = s32[] parameter(2)
+  %none = s32[] constant(0)
+  %layer = f32[1,2,5]{2,1,0} dynamic-slice(%p.5, %p.7, %none, %none), dynamic_slice_sizes={1,2,5}
+  %of_layer = bf16[1,2,5]{2,1,0} custom-call(%layer), custom_call_target="mosaic_gpu_v2", metadata={stack_frame_id=2}
+  ROOT %stacked = bf16[7,2,5]{2,1,0} dynamic-update-slice(%p.6, %of_layer, %p.7, %none, %none)
+}
+
 ENTRY %main (x: bf16[64,32], y: bf16[32,16], z: bf16[4,9,9,6], k: bf16[6,3,3,1]) -> bf16[64,16] {
   %x = bf16[64,32]{1,0} parameter(0)
   %y = bf16[32,16]{1,0} parameter(1)
@@ -60,6 +70,7 @@ ENTRY %main (x: bf16[64,32], y: bf16[32,16], z: bf16[4,9,9,6], k: bf16[6,3,3,1])
   %conv = (bf16[4,9,9,6]{3,2,1,0}, u8[0]{0}) custom-call(%z, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, feature_group_count=6, custom_call_target="__cudnn$convForward"
   %place = f32[2,5]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   %mine = (f32[2,5]{1,0}) custom-call(%x, %place), custom_call_target="mosaic_gpu_v2", output_to_operand_aliasing={{0}: (1, {})}
+  %stack = bf16[7,2,5]{2,1,0} fusion(%z, %y, %x), kind=kCustom, calls=%sliced
   %start = (s32[], f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}) tuple()
   %loop = (s32[], f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}) while(%start), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %out = bf16[64,16]{1,0} bitcast(%moved)
@@ -69,8 +80,8 @@ ENTRY %main (x: bf16[64,32], y: bf16[32,16], z: bf16[4,9,9,6], k: bf16[6,3,3,1])
 
 def test_costs_of_each_kind():
     costs = {cost.name: cost for cost in Program(TEXT).costs()}
-    assert list(costs) == ["gemm", "moved", "conv", "mine", "fused", "begun"]
-    gemm, moved, conv, mine, fused, begun = costs.values()
+    assert list(costs) == ["gemm", "moved", "conv", "mine", "of_layer", "fused", "begun"]
+    gemm, moved, conv, mine, of_layer, fused, begun = costs.values()
     assert (gemm.kind, gemm.bytes, gemm.flops) == (
         "matrix product",
         2 * (64 * 32 + 32 * 16 + 64 * 16),
@@ -82,6 +93,9 @@ def test_costs_of_each_kind():
     assert (conv.kind, conv.flops) == ("depthwise convolution", 2 * 9 * 4 * 9 * 9 * 6)
     # Written into the place of an operand: counted once.
     assert (mine.kind, mine.bytes) == ("mosaic_gpu_v2", 2 * 64 * 32 + 4 * 2 * 5)
+    # A kernel in a fusion that hands it a layer of one stack and has its result written into another.
+    assert (of_layer.kind, of_layer.bytes, of_layer.frames) == ("mosaic_gpu_v2", 10 * 4 + 10 * 2, ("inner", "outer"))
+    assert [array.dims for array in of_layer.arrays] == [(1, 2, 5), (1, 2, 5)]
     # Half of a line read, the index read, a line written; three times.
     assert (fused.bytes, fused.launches, fused.frames) == (100 * 2 + 4 + 100 * 4, 3, ("inner", "outer"))
     assert (begun.kind, begun.bytes, begun.launches) == ("fusion", fused.bytes, 3)
