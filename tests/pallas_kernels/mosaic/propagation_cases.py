@@ -162,7 +162,8 @@ def check(case: Case, implementation: str) -> None:
         # Gradients of maps are in the maps' dtype; that of a projection is made of them, rounded again.
         least = TOLERANCES[case.dtype_of_x if name in ("y", "x") else case.dtype_of_maps]
         least *= 2 if case.path.startswith("low_rank") and name in UpProjection._fields else 1
-        least *= 4 if name == "merge" else 1  # four sums over the whole map, which cancel
+        if name == "merge":  # four sums over the whole map, which cancel
+            least = max(least, 4 * TOLERANCES["float32"])
         assert_close(got[name], reference, tolerance=max(least, TOLERANCES[reference.dtype.name]), name=name)
 
 
