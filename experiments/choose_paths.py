@@ -81,10 +81,17 @@ def measure(shape: KernelShape, clock: str) -> Times:
     up = UpProjection(*(draw(k, (shape.rank, *c)) for k, c in zip(keys[2:], columns, strict=True)))
     merge, times = jnp.ones(4), {name: dict[str, float]() for name in NAMES}
 
-    def clocked(program: Callable[..., Any], *inputs: Any) -> float:
-        compiled = jax.jit(program).lower(*inputs).compile()
-        timing = device_time.measure(lambda _: compiled(*inputs), clock=clock, seconds=0.2)
-        return timing.host_ms if timing.median_ms is None else timing.median_ms
+    def clock_in(name: str, path: str, program: Callable[..., Any], *inputs: Any) -> None:
+        """Enters the milliseconds, unless the program does not fit in memory."""
+        try:
+            compiled = jax.jit(program).lower(*inputs).compile()
+            timing = device_time.measure(lambda _: compiled(*inputs), clock=clock, seconds=0.2)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{shape.name}: {name} by {path} does not fit in memory", flush=True)
+        else:
+            times[name][path] = timing.host_ms if timing.median_ms is None else timing.median_ms
 
     for path in PATHS:
         try:
@@ -92,19 +99,18 @@ def measure(shape: KernelShape, clock: str) -> Times:
         except ValueError:
             continue
         run = functools.partial(propagate_low_rank, chunk=shape.chunk, implementation="mosaic", path=path)
-        times["inference"][path] = clocked(run, x, proxy, up, merge)
+        clock_in("inference", path, run, x, proxy, up, merge)
         # y and what is kept for the gradient, and then the gradient of that.
-        times["training"][path] = clocked(lambda *inputs, run=run: jax.vjp(run, *inputs), x, proxy, up, merge)
-        if not path.endswith(paths.ON_CHIP):
-            whole = clocked(lambda *inputs, run=run: jax.vjp(run, *inputs)[1](x), x, proxy, up, merge)
-            times["backward"][path] = whole - times["training"][path]
+        clock_in("training", path, lambda *inputs, run=run: jax.vjp(run, *inputs), x, proxy, up, merge)
+        if path in times["training"] and not path.endswith(paths.ON_CHIP):
+            clock_in("backward", path, lambda *inputs, run=run: jax.vjp(run, *inputs)[1](x), x, proxy, up, merge)
+            if path in times["backward"]:
+                times["backward"][path] -= times["training"][path]
         if path.startswith("fused"):
             given = functools.partial(propagate, chunk=shape.chunk, implementation="mosaic", path=path)
             maps = jax.jit(maps_of)(proxy, up)
-            times["given_inference"][path] = clocked(given, x, *maps, merge)
-            times["given_training"][path] = clocked(
-                lambda *inputs, given=given: jax.vjp(given, *inputs), x, *maps, merge
-            )
+            clock_in("given_inference", path, given, x, *maps, merge)
+            clock_in("given_training", path, lambda *inputs, given=given: jax.vjp(given, *inputs), x, *maps, merge)
     return times
 
 

@@ -21,22 +21,21 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import command_line, deviceless, kernel_limits, machine_code, provenance
+from experiments import command_line, deviceless, kernel_limits, machine_code, propagation_bytes, provenance
 from experiments.kernel_contenders import bytes_moved
 from experiments.kernel_limits import Moved, Walk
-from experiments.kernel_shapes import CHOSEN, CROSSOVER, LARGER, SHAPES, SHARED, KernelShape
+from experiments.kernel_shapes import CHOSEN, CROSSOVER, LARGER, SHAPES, SHARED, KernelShape, select
+from experiments.propagation_bytes import BACKWARD, FORWARD, PASSES, TRAINING
 from pallas_kernels import DIRECTIONS
 from pallas_kernels.dispatch import PATHS
-from pallas_kernels.mosaic import operations, paths, primitives
+from pallas_kernels.mosaic import operations, paths
 from pallas_kernels.mosaic.forms import Form
-from pallas_kernels.mosaic.tiles import MAPS
 from pallas_kernels.up_projection import UpProjection
 
-FORWARD, TRAINING, BACKWARD = "forward", "training forward", "backward"  # the second keeps h for the third
-PASSES = (FORWARD, TRAINING, BACKWARD)
 OPERATIONS = ("from_logits", "from_weights")  # of one direction
 ALL_DIRECTIONS = "all"
 DTYPES = ("bfloat16", "float16", "float32")
+CHAIN = "gspn_xl_generator"  # whose bytes are counted from the proxy on
 NOTE = (
     "Nothing here was executed, and no time here was measured. Registers, spills, stack and shared memory are the "
     "assembler's. What is per element is what a thread issues for a pixel and channel that it computes in one "
@@ -140,33 +139,11 @@ def _work(case: Case) -> paths.Work:
 
 
 def _moved(case: Case) -> Moved:
-    """The least that the operation moves; of propagation, by a launch for each direction that adds to a float32 sum.
-
-    On chip x is read and y written once. A proxy is read once for each direction, on chip once in each of two orders.
-    """
-    shape, size = case.shape, jnp.dtype(case.dtype).itemsize
-    if case.operation not in PATHS:
-        return Moved(bytes_moved(case.operation, shape, case.dtype, case.pass_))
-    maps = shape.batch * shape.height * shape.width * shape.channels
-    weights = 3 * maps * shape.weight_channels // shape.channels
-    is_made, is_on_chip = case.operation.startswith("low_rank"), case.operation.endswith(paths.ON_CHIP)
-    of_maps = 3 * maps + weights  # of a direction
-    kept = 4 * maps if case.pass_ == TRAINING else 0  # h
-    if is_on_chip:
-        values, total = 2 * maps + kept, 0  # x and y
-    elif case.pass_ != BACKWARD:
-        values, total = (
-            4 * maps + kept,
-            (24 + size) * maps,
-        )  # x; the sum is written 3 times and read 3 times, then y written
-    else:
-        # x, h, the gradient of y, and the gradients of the maps: of logits for all channels if the kernel made them.
-        values, total = 4 * (3 * maps + (6 * maps if is_made else of_maps)), (24 + size) * maps
-    if not is_made:
-        return Moved((values + 4 * of_maps) * size + total)
-    rank = primitives.round_up(shape.rank, 16)
-    proxy = (2 if is_on_chip else 4) * maps // shape.channels * rank
-    return Moved(values * size + total, (proxy + 4 * MAPS * rank * shape.channels) * size)
+    """The least that the operation moves."""
+    if case.operation in PATHS:
+        size = jnp.dtype(case.dtype).itemsize
+        return propagation_bytes.moved_by_kernels(case.shape, case.operation, case.pass_, size)
+    return Moved(bytes_moved(case.operation, case.shape, case.dtype, case.pass_))
 
 
 def compile_rows(case: Case) -> list[Row]:
@@ -302,9 +279,23 @@ def run(listed: Sequence[Case], out: str) -> list[Row]:
 
 def _markdown(about: dict[str, str], rows: Sequence[Row]) -> str:
     lines = ["# Kernels, compiled for an H200", "", *(f"- {key}: {about[key]}" for key in about), ""]
+    lines += [*_chains(select([CHAIN])[0]), "## Kernels", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(str(row[key]).replace("|", "\\|") for key in COLUMNS) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _chains(shape: KernelShape) -> list[str]:
+    """What surrounds the kernels, in bytes, of one map."""
+    size = f"{shape.batch} x {shape.height} x {shape.width} x {shape.channels}, rank {shape.rank}"
+    lines = [f"## Bytes from proxy and x to y, or to the gradients, per pixel and channel: {shape.name}, {size}", ""]
+    lines += [
+        "| path | pass | making the maps | kernels | products with gradients of maps | sum |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path, pass_, *parts, total in ((*chain, chain.total) for chain in propagation_bytes.chains(shape)):
+        lines.append(f"| {path} | {pass_} | " + " | ".join(f"{size:.1f}" for size in (*parts, total)) + " |")
+    return [*lines, ""]
 
 
 def define_flags() -> None:

@@ -1,4 +1,9 @@
-"""Row-stochastic weights inside a kernel: `pallas_kernels.stability` in a form with few special functions."""
+"""Row-stochastic weights inside a kernel: `pallas_kernels.stability` in a form with few special functions.
+
+A sigmoid takes one special-function instruction, the power of two; the quotient by the sum of three takes the fourth.
+With the card's approximations (2^-22 relative, of the power, and the argument rounded to float32) a weight is within
+1e-6 of the exact one.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -45,6 +45,8 @@ class Tile:
     # Pixels at each end of a CTA's part of the line that its neighbours own and it computes as well, and the lines of
     # a launch: after so many the ghost zone is used up and the state is exchanged. 0: a CTA owns whole lines.
     ghost: int = 0
+    # Tensor cores make the maps of the next line during the arithmetic of one, into a second buffer; see `overlaps`.
+    overlap: bool = True
 
     @property
     def extent(self) -> int:
@@ -59,7 +61,9 @@ class Tile:
     def __str__(self) -> str:
         warpgroups = f" x{self.warpgroups} warpgroups" if self.warpgroups > 1 else ""
         ghost = f", ghost {self.ghost}" if self.ghost else ""
-        return f"{self.channels} channels, {self.rows} pixels{warpgroups}, {self.stages}+{self.stores} lines{ghost}"
+        overlap = "" if self.overlap else ", no overlap"
+        lines = f"{self.stages}+{self.stores} lines"
+        return f"{self.channels} channels, {self.rows} pixels{warpgroups}, {lines}{ghost}{overlap}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +232,7 @@ def lines_of_product(tile: Tile) -> int:
 def overlaps(tile: Tile, alone: bool) -> bool:
     """Whether tensor cores make the maps of a line during the arithmetic of another; `alone`: in a kernel of one
     direction."""
-    return alone and lines_of_product(tile) == 1
+    return tile.overlap and alone and lines_of_product(tile) == 1
 
 
 def products_ahead(tile: Tile) -> int:
@@ -244,18 +248,19 @@ def rows_of_product(tile: Tile) -> int:
 def candidates(work: Work, card: Card, most_warpgroups: int = 4) -> list[Tile]:
     """All tiles that serve `work` on `card`."""
     tiles = (
-        Tile(channels, rows, warpgroups, stages, stores, ghost)
-        for channels, rows, warpgroups, stages, stores, ghost in itertools.product(
+        Tile(channels, rows, warpgroups, stages, stores, ghost, overlap)
+        for channels, rows, warpgroups, stages, stores, ghost, overlap in itertools.product(
             (8, 16, 32, 64),
             (8, 16, 24, 32, 48, 64, 96, 128, 192),
             (1, 2, 3, 4),
             (1, 2, 3, 4, 6),
             (1, 2),
             (0, 16, 32, 64),
+            (True, False) if work.rank and not work.resident else (True,),
         )
         if warpgroups <= most_warpgroups and (stages > 1 or (work.rank and work.resident))
     )
-    return [tile for tile in tiles if work.fits(tile, card)]
+    return [tile for tile in tiles if (tile.overlap or lines_of_product(tile) == 1) and work.fits(tile, card)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -268,12 +273,15 @@ def plan(work: Work, card: Card, most_warpgroups: int = 4) -> Tile | None:
     if not seconds:
         return None
     best = min(seconds.values())
-    # Of those that the estimate cannot tell apart: whole sectors of memory, then more on its way.
+    # Of those that the estimate cannot tell apart: whole sectors of memory, then more on its way, then overlap.
     near = [tile for tile in seconds if seconds[tile] <= 1.03 * best]
-    return max(near, key=lambda tile: (min(tile.channels, 16), tile.stores, min(tile.stages, 4), -seconds[tile]))
+    return max(
+        near,
+        key=lambda tile: (min(tile.channels, 16), tile.stores, min(tile.stages, 4), tile.overlap, -seconds[tile]),
+    )
 
 
 @functools.cache
-def _measured() -> dict[str, dict[str, dict[str, int]]]:
+def _measured() -> dict[str, dict[str, dict[str, Any]]]:
     """Card name to `Work.key` to the fields of the fastest tile."""
     return json.loads(MEASURED.read_text())

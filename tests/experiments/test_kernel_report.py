@@ -8,6 +8,7 @@ from experiments.deviceless import Kernel
 from experiments.kernel_limits import Moved
 from experiments.kernel_report import COLUMNS, PASSES, Case, bind, cases, compile_rows, exists
 from experiments.kernel_shapes import GROUPS, LAYERS, SHAPES, KernelShape
+from experiments.propagation_bytes import chains, moved_by_kernels
 from pallas_kernels.dispatch import PATHS
 from pallas_kernels.mosaic.tiles import lines_of_product
 
@@ -72,9 +73,7 @@ def test_faults_of_a_kernel(changes, fault):
 
 def test_bytes_and_limits_by_hand():
     elements = 12 * 10 * 40
-    moved = {
-        (path, pass_): kernel_report._moved(all_directions(LAYER, path, pass_)) for path in PATHS for pass_ in PASSES
-    }
+    moved = {(path, pass_): moved_by_kernels(LAYER, path, pass_, 2) for path in PATHS for pass_ in PASSES}
     arrays = {key: value.arrays / elements for key, value in moved.items()}
     assert arrays["fused", "forward"] == 82 and arrays["fused", "backward"] == 146
     assert arrays["low_rank", "forward"] == 34 and arrays["low_rank", "backward"] == 98
@@ -82,6 +81,15 @@ def test_bytes_and_limits_by_hand():
     assert all(arrays[path, "training forward"] == arrays[path, "forward"] + 8 for path in PATHS)
     assert moved["fused", "forward"].proxy == 0
     assert moved["low_rank_on_chip", "forward"].proxy == 2 * (2 * 12 * 10 * 16 + 24 * 16 * 40)
+
+    sums = {(chain.path, chain.pass_): chain.total for chain in chains(BY_NAME["sdxl_4k_level1"])}
+    assert sums["separate passes", "forward"] == pytest.approx(48 + 172 + 0.3, abs=0.1)
+    assert sums["fused", "forward"] == pytest.approx(48 + 82 + 0.3, abs=0.1)
+    assert sums["fused", "backward"] == pytest.approx(48 + 146 + 96 + 0.3, abs=0.1)
+    assert sums["low_rank", "backward"] == pytest.approx(98 + 96 + 1, abs=0.1)
+    # Weights of one channel: 3 logits of 4 directions less to write, to read twice, and 3 float32 weights to move.
+    shared = {(chain.path, chain.pass_): chain.total for chain in chains(BY_NAME["gspn_t_stage1_shared"])}
+    assert shared["separate passes", "forward"] == pytest.approx(24 + 4 * 6 + 28, abs=1)
 
     _, _, walks = bind(all_directions(LAYER, "fused"))
     mix = machine_code.Mix(128.0, 64.0, 4.0, 32.0, 0.0, 0.0)
@@ -125,6 +133,7 @@ def test_report_of_one_shape(tmp_path, shape):
     written = list(csv.DictReader(lines[len(about) :]))
     assert [row["registers"] for row in written] == [str(row["registers"]) for row in rows]
     table = (tmp_path / "new/kernel_report.md").read_text()
+    assert "| low_rank_on_chip | forward | 0.0 | 4.8 | 0.0 | 4.8 |" in table
     assert sum(line.startswith(f"| {shape.name} |") for line in table.splitlines()) == 4
 
 

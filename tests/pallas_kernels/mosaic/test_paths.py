@@ -1,12 +1,14 @@
 """Which kernels a propagation takes: the table is what the program writes, and serves every map."""
 
 import json
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import choose_paths
-from experiments.kernel_shapes import CHOSEN, select
+from experiments.kernel_shapes import CHOSEN, KernelShape, select
 from pallas_kernels.dispatch import PATHS, Paths
 from pallas_kernels.mosaic import card, paths
 from pallas_kernels.mosaic.paths import Work
@@ -51,6 +53,28 @@ def test_program_writes_a_table(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         choose_paths.main(["--shapes=gspn2"])
     assert "maps of layers, which have a proxy; got gspn2_1024" in capsys.readouterr().err
+
+
+def test_a_path_that_does_not_fit_in_memory_has_no_time(monkeypatch, capsys):
+    def by_reference(operation):
+        return lambda *arrays, chunk, implementation, path: operation(*arrays, chunk=chunk, implementation="xla")
+
+    clocked = []
+
+    def measure(run, *, clock, seconds):
+        clocked.append(run(0))
+        if len(clocked) == 2:  # fused, training
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return SimpleNamespace(median_ms=float(len(clocked)), host_ms=None)
+
+    for name in ("propagate", "propagate_low_rank"):
+        monkeypatch.setattr(choose_paths, name, by_reference(getattr(choose_paths, name)))
+    monkeypatch.setattr(choose_paths.device_time, "measure", measure)
+    times = choose_paths.measure(KernelShape("tiny", 1, 8, 8, 16, rank=8), "host")
+    assert times["inference"]["fused"] == 1 and set(times["inference"]) == set(PATHS)
+    assert set(times["training"]) == set(PATHS) - {"fused"} and set(times["backward"]) == {"low_rank"}
+    assert times["backward"]["low_rank"] == 1  # the whole, a call later, less the forward pass
+    assert "tiny: training by fused does not fit in memory" in capsys.readouterr().out
 
 
 def test_a_row_serves_its_neighbours(monkeypatch):

@@ -1,5 +1,6 @@
 """The propagation kernels, interpreted with race detection and compiled for an H200, against the reference."""
 
+import dataclasses
 import os
 
 import jax.numpy as jnp
@@ -25,6 +26,13 @@ def test_interpreted(case, planned):
 def test_inference_interpreted(case, planned):
     planned(TILES[case.tile])
     propagation_cases.check_inference(case, "mosaic_interpret")
+
+
+@pytest.mark.parametrize("tile", ["two", "cut"])
+def test_products_and_lines_in_turn_interpreted(tile, planned):
+    case = next(case for case in covering() if (case.path, case.tile) == ("low_rank", tile))
+    planned(dataclasses.replace(TILES[tile], overlap=False))
+    check(case, "mosaic_interpret")
 
 
 @pytest.mark.full

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def test_what_was_measured_comes_first(tmp_path, monkeypatch):
     work = planned("forward", (1, 200, 200, 64), 64).work
     other = planned("backward", (1, 200, 200, 64), 64).work
     estimated, of_other = tiles.plan(work, H200), tiles.plan(other, H200)
-    measured = dict(channels=8, rows=64, warpgroups=4, stages=2, stores=1, ghost=0)
+    measured = dict[str, Any](channels=8, rows=64, warpgroups=4, stages=2, stores=1, ghost=0)
     assert Tile(**measured) != estimated
     table = tmp_path / "measured.json"
     table.write_text(json.dumps({H200.name: {work.key: measured}}))
