@@ -61,7 +61,8 @@ def _defaults() -> Any:
             "alignment": "aligned",
             "drop_path": 0.0,
             "dtype": "bfloat16",  # of the computation; parameters are float32
-            "remat": False,
+            "remat": False,  # blocks are computed again in the backward pass
+            "keep_states": True,  # of the propagation, for its gradient; else it is computed again
             "activation": "none",  # between depthwise convolution and propagation; or "silu"
             # Where not set: as the model's name says.
             "widths": placeholder(tuple),

@@ -42,6 +42,7 @@ FREE_KEYS = (
     "intervals",
     "keep",
     "mesh",
+    "model.keep_states",
     "model.remat",
     "profile_steps",
 )

@@ -23,14 +23,15 @@ STEPS = 1000  # of the run that the step belongs to: a number in the schedule, n
 
 
 class Variant(NamedTuple):
-    """How the propagation is computed: options of `GSPNMixer`; a path of None is left to it."""
+    """How the propagation is computed: options of `GSPNMixer`."""
 
     implementation: str
     path: str | None = None
+    keep_states: bool = True
 
     @property
-    def options(self) -> dict[str, str]:
-        return {"implementation": self.implementation} | ({} if self.path is None else {"path": self.path})
+    def options(self) -> dict[str, Any]:
+        return {"implementation": self.implementation, "path": self.path, "keep_states": self.keep_states}
 
 
 class Setting(NamedTuple):
@@ -96,7 +97,13 @@ MODELS = {
     "gspn_t": Model(128, functools.partial(classifier_setting, "gspn_t", 224)),
     "gspn_xl2": Model(32, functools.partial(generator_setting, "gspn_xl2", 32)),
 }
-VARIANTS = {"xla": Variant("xla"), "fused": Variant("mosaic", "fused"), "low_rank": Variant("mosaic", "low_rank")}
+VARIANTS = {
+    "xla": Variant("xla"),
+    "fused": Variant("mosaic", "fused"),
+    "fused_h_again": Variant("mosaic", "fused", keep_states=False),
+    "low_rank": Variant("mosaic", "low_rank"),
+    "low_rank_h_again": Variant("mosaic", "low_rank", keep_states=False),
+}
 
 
 def compile_step(setting: Setting) -> deviceless.Compilation:

@@ -78,7 +78,13 @@ def compile_rows(case: Case, batch_size: int = 0) -> list[Row]:
 
 def cases(only: str = "") -> list[Case]:
     """All combinations, those alone whose text contains `only`."""
-    listed = (Case(model, variant, blocks) for model in MODELS for variant in VARIANTS for blocks in (KEPT, REMAT))
+    listed = (
+        Case(model, name, blocks)
+        for model in MODELS
+        for name, variant in VARIANTS.items()
+        # Where blocks are computed again, so are their states.
+        for blocks in ((KEPT, REMAT) if variant.keep_states else (KEPT,))
+    )
     return [case for case in listed if only in str(case)]
 
 

@@ -35,6 +35,7 @@ class GSPNMixer(nnx.Module):
         alignment: str = "aligned",
         implementation: str | None = None,
         path: str | None = None,
+        keep_states: bool = True,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -50,6 +51,8 @@ class GSPNMixer(nnx.Module):
         alignment: "aligned" or "unturned", as in `pallas_kernels.propagate`.
         implementation: of the propagation; None takes the fastest.
         path: of the Mosaic kernels, as in `pallas_kernels.propagate_low_rank`; None for the cheapest by their table.
+        keep_states: keeps the hidden states of the four directions for the gradient, four maps in `dtype`; else the
+          propagation runs again in the backward pass.
         dtype: of the computation; the hidden state is float32.
         """
         channels = features if propagation_channels is None else propagation_channels
@@ -62,7 +65,7 @@ class GSPNMixer(nnx.Module):
         if path is not None and path not in PATHS:
             raise ValueError(f"path: expected None or one of {', '.join(PATHS)}; got {path!r}")
         self.chunk, self.alignment, self.implementation, self.path = chunk, alignment, implementation, path
-        self.dtype = dtype
+        self.keep_states, self.dtype = keep_states, dtype
         self.channels, self.weight_channels = channels, weight_channels
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
@@ -110,11 +113,14 @@ class GSPNMixer(nnx.Module):
         logits = jnp.pad(logits, [(0, 0)] * 3 + [(0, pad_groups)])
         up = UpProjection(logits, *(columns(projection) for projection in (self.lam, self.gate, self.skip)))
         options: Any = dict(chunk=self.chunk, implementation=self.implementation, path=self.path)
-        if self.alignment == "aligned":
-            y = propagate_low_rank(pad(x), proxy, up, self.merge[...], **options)
-        else:
-            y = propagate(pad(x), *maps_of(proxy, up), self.merge[...], alignment=self.alignment, **options)
-        y = self._unpad(y, groups, size)
+
+        def propagation(x: jax.Array, proxy: jax.Array, up: UpProjection, merge: jax.Array) -> jax.Array:
+            if self.alignment == "aligned":
+                return propagate_low_rank(x, proxy, up, merge, **options)
+            return propagate(x, *maps_of(proxy, up), merge, alignment=self.alignment, **options)
+
+        propagation = propagation if self.keep_states else jax.checkpoint(propagation)
+        y = self._unpad(propagation(pad(x), proxy, up, self.merge[...]), groups, size)
         return y if self.expand is None else self.expand(y)
 
     def _unpad(self, y: jax.Array, groups: int, size: int) -> jax.Array:

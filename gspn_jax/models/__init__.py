@@ -84,7 +84,9 @@ _CLASSIFIER_OPTIONS = frozenset(
     "widths depths global_stages chunk stem_stride expansion mlp_ratio drop_path activation remat dtype".split()
 )
 _GENERATOR_OPTIONS = frozenset("width depth patch in_channels chunk global_blocks drop_path remat dtype".split())
-_MIXER_OPTIONS = frozenset("proxy_rank weight_channels propagation_channels alignment implementation path".split())
+_MIXER_OPTIONS = frozenset(
+    "proxy_rank weight_channels propagation_channels alignment implementation path keep_states".split()
+)
 
 
 def _merged(

@@ -12,9 +12,9 @@ from gspn_jax.training import Classification, OptimizerOptions
 compiles = pytest.mark.skipif(deviceless.missing() is not None, reason=str(deviceless.missing()))
 
 
-def test_variants_pass_a_path_only_where_there_is_one():
-    assert Variant("xla").options == {"implementation": "xla"}
-    assert Variant("mosaic", "low_rank").options == {"implementation": "mosaic", "path": "low_rank"}
+def test_blocks_that_keep_no_states_are_compiled_as_they_are():
+    of_one = [str(case) for case in step_report.cases("gspn_xl2 low_rank")]
+    assert of_one == ["gspn_xl2 low_rank kept", "gspn_xl2 low_rank remat", "gspn_xl2 low_rank_h_again kept"]
 
 
 def test_what_does_not_compile_is_a_row_and_other_steps_stay(monkeypatch, tmp_path):

@@ -89,9 +89,27 @@ def test_bad_arguments(options, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_every_parameter_gets_a_gradient():
-    mixer = GSPNMixer(6, proxy_rank=3, propagation_channels=4, weight_channels=2, rngs=nnx.Rngs(0))
+def loss_of(**options):
+    """A loss of a small mixer, as a function of its parameters and a map, and both."""
+    mixer = GSPNMixer(6, proxy_rank=3, propagation_channels=4, weight_channels=2, rngs=nnx.Rngs(0), **options)
     graph, params = nnx.split(mixer)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 4, 3, 6)), jnp.float32)
-    gradients = jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graph, p)(x))))(params)
+    return lambda params, x: jnp.sum(jnp.sin(nnx.merge(graph, params)(x))), params, x
+
+
+def test_every_parameter_gets_a_gradient():
+    loss, params, x = loss_of()
+    gradients = jax.grad(loss)(params, x)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients))
+
+
+def test_states_that_are_not_kept_are_computed_again():
+    gradients, kept = [], []
+    for keep_states in (True, False):
+        loss, params, x = loss_of(keep_states=keep_states)
+        gradients.append(jax.jit(jax.grad(loss))(params, x))
+        residuals = jax.eval_shape(lambda *inputs, loss=loss: jax.vjp(loss, *inputs)[1], params, x)
+        kept.append(sum(leaf.size for leaf in jax.tree.leaves(residuals) if leaf.shape == (1, 4, 3, 8)))
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert kept[0] - kept[1] == 4 * 4 * 3 * 8  # h of four directions, of the channels that propagate
