@@ -107,6 +107,8 @@ class Kernels:
         `path`: "fused" makes the maps again in memory, "low_rank" in the kernels.
         """
         if path == "fused":
+            # Else XLA finds the same products in the forward pass, and keeps the maps instead of making them again.
+            proxy, up, grad_y = jax.lax.optimization_barrier((proxy, up, grad_y))
             return self.propagation_backward(x, *maps_of(proxy, up), merge, h, grad_y, chunk)
 
         def run(up, x, proxy, merge, grad_y, *h):

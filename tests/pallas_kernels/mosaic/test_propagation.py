@@ -1,6 +1,5 @@
 """The propagation kernels, interpreted with race detection and compiled for an H200, against the reference."""
 
-import dataclasses
 import os
 
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 from experiments import deviceless
 from pallas_kernels import UpProjection, propagate, propagate_low_rank
 from tests.pallas_kernels.mosaic import cases, propagation_cases
-from tests.pallas_kernels.mosaic.propagation_cases import AXES, TILES, check, covering, product
+from tests.pallas_kernels.mosaic.propagation_cases import AXES, IN_TURN, TILES, check, covering, product
 from tests.pallas_kernels.mosaic.test_compiled import assert_sound
 
 FULL = 100  # cases of the product that a full run takes; TEST_SEED=1 takes others
@@ -28,11 +27,11 @@ def test_inference_interpreted(case, planned):
     propagation_cases.check_inference(case, "mosaic_interpret")
 
 
-@pytest.mark.parametrize("tile", ["two", "cut"])
+@pytest.mark.parametrize("tile", IN_TURN)
 def test_products_and_lines_in_turn_interpreted(tile, planned):
-    case = next(case for case in covering() if (case.path, case.tile) == ("low_rank", tile))
-    planned(dataclasses.replace(TILES[tile], overlap=False))
-    check(case, "mosaic_interpret")
+    like = (case for case in covering() if (case.path, case.tile) == ("low_rank", tile.removesuffix(" in turn")))
+    planned(IN_TURN[tile])
+    check(next(like)._replace(tile=tile), "mosaic_interpret")
 
 
 @pytest.mark.full
