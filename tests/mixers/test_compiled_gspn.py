@@ -1,5 +1,8 @@
 """How often each kernel is in the compiled train step of a GSPN module, so that nothing runs twice unseen."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,7 +11,7 @@ from flax import nnx
 
 from experiments import deviceless
 from gspn_jax.mixers import GSPNMixer
-from pallas_kernels import record_choices
+from pallas_kernels import UpProjection, propagate_low_rank, record_choices
 
 pytestmark = pytest.mark.skipif(bool(deviceless.missing()), reason=str(deviceless.missing()))
 
@@ -40,3 +43,22 @@ def kernels_of_a_step(remat: bool) -> dict[str, int]:
 def test_kernels_of_a_train_step(remat, forward):
     """All directions at once, and four backward. With remat the forward kernel runs once more, and no others."""
     assert kernels_of_a_step(remat) == {"propagation_on_chip": forward, "propagation_backward": 4}
+
+
+def test_maps_in_memory_are_not_kept_for_the_gradient():
+    """Four layers by `fused`: at most the maps of one are there, and their gradients."""
+    shape, rank, layers = (8, 16, 16, 64), 16, 4
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    up = UpProjection(array((layers, rank, 4, 3, 64)), *[array((layers, rank, 4, 64))] * 3)
+
+    def loss(x, up):
+        for k in range(layers):
+            of_layer = jax.tree.map(lambda columns, k=k: columns[k], up)
+            x = propagate_low_rank(x, x[..., :rank], of_layer, jnp.ones(4), implementation="mosaic", path="fused")
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    compiled = deviceless.compile_for_h200(jax.grad(loss, argnums=(0, 1)), array(shape), up).compiled
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    maps = 24 * 2 * math.prod(shape)
+    assert 2 * maps < memory.temp_size_in_bytes < 4 * maps  # 6 where all are kept
