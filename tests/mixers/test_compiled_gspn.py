@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def test_kernels_of_a_train_step(remat, forward):
 def test_maps_in_memory_are_not_kept_for_the_gradient():
     """Four layers by `fused`: at most the maps of one are there, and their gradients."""
     shape, rank, layers = (8, 16, 16, 64), 16, 4
-    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    array: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     up = UpProjection(array((layers, rank, 4, 3, 64)), *[array((layers, rank, 4, 64))] * 3)
 
     def loss(x, up):
