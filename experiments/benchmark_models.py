@@ -57,7 +57,8 @@ def _count(jaxpr: Any) -> int:
 def propagation_multiply_adds(choices: Sequence[Any]) -> int:
     """Of the propagations recorded: per direction, pixel and channel 3 for the neighbours and one each for lam, gate,
     skip and merge."""
-    return sum(4 * 7 * math.prod(choice.shape) for choice in choices if choice.operation == "propagate")
+    propagations = ("propagate", "propagate_low_rank")
+    return sum(4 * 7 * math.prod(choice.shape) for choice in choices if choice.operation in propagations)
 
 
 def benchmark(name: str, *, image_size: int, batch_size: int, mixer: str, dtype: str, repeats: int) -> dict[str, Any]:

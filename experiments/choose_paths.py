@@ -4,7 +4,7 @@
 
 On a card that the kernels run on it times each path; without one it takes the estimates by which tiles are ranked, plus
 the bytes that making the maps moves, and says so in the table. Either way the time to make maps in memory counts.
-Writes pallas_kernels/mosaic/paths.json.
+Writes pallas_kernels/mosaic/paths.json; of fewer shapes, the rows of the others stay.
 """
 
 import argparse
@@ -131,12 +131,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         clock, _ = device_time.choose_clock()
         basis, times = f"measured on an {present.name}", functools.partial(measure, clock=clock)
-    rows = []
+    file = Path(options.out or paths.TABLE)
+    before = json.loads(file.read_text()) if file.exists() else {"basis": basis, "rows": []}
+    kept = {} if options.replace else {known["name"]: known for known in before["rows"]}
+    if kept and before["basis"] != basis:
+        print(f"{file.name} holds times {before['basis']}, these are {basis}: --replace drops them", file=sys.stderr)
+        return 1
     for shape in select(options.shapes):
-        rows.append(row(shape, times(shape)))
-        print(f"{shape.name}: " + ", ".join(f"{name} {rows[-1][name]}" for name in NAMES), flush=True)
-    table = {"basis": basis, "command": "python -m experiments.choose_paths", "rows": rows}
-    Path(options.out or paths.TABLE).write_text(json.dumps(table, indent=1) + "\n")
+        kept[shape.name] = found = row(shape, times(shape))
+        print(f"{shape.name}: " + ", ".join(f"{name} {found[name]}" for name in NAMES), flush=True)
+    order = [shape.name for shape in CHOSEN]
+    rows = sorted(kept.values(), key=lambda known: order.index(known["name"]))
+    command = "python -m experiments.choose_paths"
+    file.write_text(json.dumps({"basis": basis, "command": command, "rows": rows}, indent=1) + "\n")
     print(f"{len(rows)} maps, {basis}")
     return 0
 
@@ -146,6 +153,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--shapes", type=lambda text: text.split(","), default=[shape.name for shape in CHOSEN],
                         help="groups or names of experiments/kernel_shapes.py whose layers have a proxy")  # fmt: skip
+    parser.add_argument("--replace", action="store_true", help="drop what the table holds; else other rows stay")
     parser.add_argument("--out", help="another table than pallas_kernels/mosaic/paths.json")
     options = parser.parse_args(arguments)
     try:

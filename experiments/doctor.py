@@ -2,10 +2,11 @@
 
     python -m experiments.doctor --model=gspn_t --image_size=224
 
-Prints the versions, the backend, the devices and the implementation that each line scan of the model takes, then the
-faults found. Exit code 1 if there is one; a note alone leaves it 0.
+Prints the versions, the backend, the devices and what each propagation of the model runs on, then the faults found;
+with --assume_h200 what it would run on with such a card. Exit code 1 if there is one; a note alone leaves it 0.
 """
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -26,6 +27,8 @@ from experiments.machine import Machine, observe
 
 _MODEL = flags.DEFINE_string("model", "gspn_t", "Model whose layers are listed; empty for none.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Height and width, in pixels, of the images that it gets.", 1)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "What it computes in.")
+_ASSUME_H200 = flags.DEFINE_bool("assume_h200", False, "Lists what its layers would run on with an NVIDIA H200.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images that it gets at a time.", 1)
 
 CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -182,23 +185,33 @@ def describe_devices() -> list[str]:
     return lines
 
 
-def describe_model(name: str, image_size: int, batch_size: int) -> list[Finding]:
-    """Prints one line for each line scan of the model, from shapes alone: no parameter is made."""
+def describe_model(
+    name: str, image_size: int, batch_size: int, dtype: str = "bfloat16", assume_h200: bool = False
+) -> list[Finding]:
+    """Prints one line for each propagation of the model, from shapes alone: no parameter is made."""
     try:
         from flax import nnx
 
         from gspn_jax import models
     except ImportError as missing:
         return [Finding(f"the models cannot be imported: {missing}. `make venv` installs what they need.")]
-    model = nnx.eval_shape(lambda: models.build(name, num_classes=1000, dtype="bfloat16", rngs=nnx.Rngs(0)))
-    print(f"{name} with {batch_size} images of {image_size} x {image_size} in bfloat16:")
-    with jax.numpy_dtype_promotion("standard"):  # flax mixes float32 parameters with bfloat16 maps
+    model = nnx.eval_shape(lambda: models.build(name, num_classes=1000, dtype=dtype, rngs=nnx.Rngs(0)))
+    print(f"{name} with {batch_size} images of {image_size} x {image_size} in {dtype}:")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))  # flax mixes float32 parameters with 16-bit maps
+        if assume_h200:
+            from pallas_kernels.mosaic import card
+
+            print(f"  as if on an {card.H200.name}:")
+            stack.enter_context(card.assume(card.H200))
         lines = models.layer_report(model, (batch_size, image_size, image_size, 3))
     print("\n".join(f"  {line}" for line in lines))
     return []
 
 
-def report(machine: Machine, model: str, image_size: int, batch_size: int) -> int:
+def report(
+    machine: Machine, model: str, image_size: int, batch_size: int, dtype: str = "bfloat16", assume_h200: bool = False
+) -> int:
     """Prints what there is and what is wrong with it; returns the number of faults."""
     python = ".".join(map(str, machine.python))
     print(f"Python {python} on {platform.platform()}, {os.cpu_count()} CPU cores, {machine.free_disk:.0f} GiB free")
@@ -208,10 +221,10 @@ def report(machine: Machine, model: str, image_size: int, batch_size: int) -> in
     if machine.backend:
         for line in describe_devices():
             print(f"  device {line}")
-        print("Implementations of the line scan, fastest first:")
+        print("Implementations of line scan and propagation, fastest first:")
         for name, reason in pallas_kernels.implementations().items():
             print(f"  {name}: {'can run here' if reason is None else reason}")
-        findings += describe_model(model, image_size, batch_size) if model else []
+        findings += describe_model(model, image_size, batch_size, dtype, assume_h200) if model else []
     for finding in findings:
         print(f"{'FAULT' if finding.is_fault else 'note'}: {finding.text}")
     faults = sum(finding.is_fault for finding in findings)
@@ -224,7 +237,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     try:
-        faults = report(observe(), _MODEL.value, _IMAGE_SIZE.value, _BATCH_SIZE.value)
+        faults = report(observe(), _MODEL.value, _IMAGE_SIZE.value, _BATCH_SIZE.value, _DTYPE.value, _ASSUME_H200.value)
     except ValueError as error:  # of a flag: the model's name, or a size that it cannot take
         sys.exit(f"doctor: {error}")
     sys.exit(1 if faults else 0)

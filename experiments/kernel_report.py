@@ -60,7 +60,7 @@ COLUMNS = (
     "threads", "ctas_per_multiprocessor", "computed_per_element", "instructions_per_element",
     "floating_point_per_element", "special_functions_per_element", "shared_memory_bytes_per_element", "tma_loads",
     "temporary_bytes", "bytes", "bytes_per_element", *(f"{unit}_us" for unit in kernel_limits.UNITS), "limited_by",
-    "fault",
+    "fault", "commit",
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -251,10 +251,13 @@ def exists(case: Case) -> bool:
 
 
 def run(listed: Sequence[Case], out: str) -> list[Row]:
-    """Compiles all cases, writes both tables into the folder `out` and returns the rows."""
+    """Compiles all cases, writes both tables into the folder `out` and returns the rows.
+
+    The rows of other cases that the tables there hold stay, with their commit.
+    """
+    commit = provenance.commit()
     about = {
         "command": f"python -m experiments.kernel_report {shlex.join(sys.argv[1:])}",
-        "commit": provenance.commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "compiled for": f"{deviceless.DEVICE_KIND}, with jax {jax.__version__} and ptxas "
         f"{deviceless.assembler_version()}",
@@ -265,37 +268,48 @@ def run(listed: Sequence[Case], out: str) -> list[Row]:
     folder.mkdir(parents=True, exist_ok=True)  # before the minutes that compilation takes
     rows = []
     for number, case in enumerate(listed, 1):
-        found = compile_rows(case)
+        found = [row | {"commit": commit} for row in compile_rows(case)]
         rows += found
         print(f"{number}/{len(listed)} {case}: {'; '.join(row['fault'] for row in found if row['fault']) or 'right'}")
+    written = sorted([row for row in _read(folder / "kernel_report.csv") if _key(row) not in map(_key, rows)] + rows,
+                     key=_place)  # fmt: skip
     with open(folder / "kernel_report.csv", "w", newline="") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in about.items())
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
-    (folder / "kernel_report.md").write_text(_markdown(about, rows))
+        writer.writerows(written)
+    (folder / "kernel_report.md").write_text(_markdown(about, written))
     return rows
+
+
+def _read(path: pathlib.Path) -> list[Row]:
+    """The rows of a table, as text; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list[Row](csv.DictReader(line for line in file if not line.startswith("# ")))
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    """What a row's case is told by."""
+    return row["shape"], row["direction"], row["pass"], row["operation"], row["dtype"]
+
+
+def _place(row: Row) -> tuple[int, ...]:
+    """Where a case stands in the table."""
+    order = [shape.name for shape in SHAPES], [*DIRECTIONS, ALL_DIRECTIONS], [*OPERATIONS, *PATHS], PASSES, DTYPES
+    values = row["shape"], row["direction"], row["operation"], row["pass"], row["dtype"]
+    return tuple(
+        known.index(value) if value in known else len(known) for value, known in zip(values, order, strict=True)
+    )
 
 
 def _markdown(about: dict[str, str], rows: Sequence[Row]) -> str:
     lines = ["# Kernels, compiled for an H200", "", *(f"- {key}: {about[key]}" for key in about), ""]
-    lines += [*_chains(select([CHAIN])[0]), "## Kernels", ""]
+    lines += [*propagation_bytes.markdown(select([CHAIN])[0]), "", "## Kernels", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(str(row[key]).replace("|", "\\|") for key in COLUMNS) + " |" for row in rows]
     return "\n".join(lines) + "\n"
-
-
-def _chains(shape: KernelShape) -> list[str]:
-    """What surrounds the kernels, in bytes, of one map."""
-    size = f"{shape.batch} x {shape.height} x {shape.width} x {shape.channels}, rank {shape.rank}"
-    lines = [f"## Bytes from proxy and x to y, or to the gradients, per pixel and channel: {shape.name}, {size}", ""]
-    lines += [
-        "| path | pass | making the maps | kernels | products with gradients of maps | sum |",
-        "|---|---|---|---|---|---|",
-    ]
-    for path, pass_, *parts, total in ((*chain, chain.total) for chain in propagation_bytes.chains(shape)):
-        lines.append(f"| {path} | {pass_} | " + " | ".join(f"{size:.1f}" for size in (*parts, total)) + " |")
-    return [*lines, ""]
 
 
 def define_flags() -> None:

@@ -71,3 +71,17 @@ def chains(shape: KernelShape) -> Iterator[Chain]:
             read = 2 * 4 * size * (3 + 3 * (1 if is_made else ratio)) if pass_ == BACKWARD else 0
             kernels = moved_by_kernels(shape, path, pass_, size).total / maps
             yield Chain(path, pass_, 0 if is_made else making, kernels, read)
+
+
+def markdown(shape: KernelShape) -> list[str]:
+    """Lines of a section with the chains of a map."""
+    size = f"{shape.batch} x {shape.height} x {shape.width} x {shape.channels}, rank {shape.rank}"
+    lines = [
+        f"## Bytes from proxy and x to y, or to the gradients, per pixel and channel: {shape.name}, {size}",
+        "",
+        "| path | pass | making the maps | kernels | products with gradients of maps | sum |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path, pass_, *parts, total in ((*chain, chain.total) for chain in chains(shape)):
+        lines.append(f"| {path} | {pass_} | " + " | ".join(f"{size:.1f}" for size in (*parts, total)) + " |")
+    return lines

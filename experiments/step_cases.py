@@ -99,6 +99,7 @@ MODELS = {
 }
 VARIANTS = {
     "xla": Variant("xla"),
+    "mosaic": Variant("mosaic"),  # each layer by the path that its table names
     "fused": Variant("mosaic", "fused"),
     "fused_h_again": Variant("mosaic", "fused", keep_states=False),
     "low_rank": Variant("mosaic", "low_rank"),

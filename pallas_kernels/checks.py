@@ -1,6 +1,7 @@
 """Argument checks of the public operations. Every failure is a ValueError: argument, what was expected, what came."""
 
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,13 @@ import jax.numpy as jnp
 from pallas_kernels.directions import DIRECTIONS
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def as_array(name: str, value: Any) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an array, got {type(value).__name__}") from None
 
 
 def check_float(name: str, array: jax.Array, dtypes: tuple[str, ...] = _FLOATS) -> None:

@@ -118,7 +118,8 @@ def _propagation_backward(call, residuals, grad_y):
     return sharded(backward, call.axes, (specs, states, call.axes.map_spec(4)), specs)(inputs, h, grad_y)
 
 
-propagation.defvjp(_propagation_forward, _propagation_backward)
+# Under `jax.checkpoint` the pass whose h nobody reads writes none.
+propagation.defvjp(_propagation_forward, _propagation_backward, optimize_remat=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -158,7 +159,7 @@ def _low_rank_backward(call, residuals, grad_y):
     return sharded(backward, call.axes, (specs, (maps,) * 4, maps), specs)(inputs, h, grad_y)
 
 
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+low_rank.defvjp(_low_rank_forward, _low_rank_backward, optimize_remat=True)
 
 
 def _low_rank_specs(call: Call, up: UpProjection) -> tuple:

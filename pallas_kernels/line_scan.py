@@ -1,7 +1,6 @@
 """The line scan, GSPN's recurrence in one direction: from weights, or from the logits of row-stochastic weights."""
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import checks, dispatch, gradient
@@ -52,7 +51,7 @@ def line_scan(
     Raises:
       ValueError: wrong shapes, dtypes, direction, chunk, axis names, or an implementation that cannot run here.
     """
-    x, weights, lam = jnp.asarray(x), jnp.asarray(weights), jnp.asarray(lam)
+    x, weights, lam = (checks.as_array(*named) for named in (("x", x), ("weights", weights), ("lam", lam)))
     checks.check_map("x", x)
     checks.check_weight_map("weights", weights, x)
     checks.check_float("weights", weights, (checks.state_dtype(x).name,))
@@ -85,7 +84,7 @@ def line_scan_from_logits(
     Raises:
       ValueError: wrong shapes, dtypes, direction, chunk, axis names, or an implementation that cannot run here.
     """
-    x, logits, lam = jnp.asarray(x), jnp.asarray(logits), jnp.asarray(lam)
+    x, logits, lam = (checks.as_array(*named) for named in (("x", x), ("logits", logits), ("lam", lam)))
     checks.check_map("x", x)
     checks.check_weight_map("logits", logits, x)
     checks.check_float("logits", logits)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import checks, dispatch, gradient
@@ -44,7 +43,7 @@ def propagate_low_rank(
     Raises:
       ValueError: wrong shapes, dtypes, chunk or names; an implementation or path that cannot run here.
     """
-    x, proxy, merge = (jnp.asarray(array) for array in (x, proxy, merge))
+    x, proxy, merge = (checks.as_array(*named) for named in (("x", x), ("proxy", proxy), ("merge", merge)))
     up = _checked(x, proxy, up)
     checks.check_shape("merge", merge, (4,), "one scalar a direction")
     checks.check_float("merge", merge)
@@ -85,7 +84,7 @@ def _checked(x: jax.Array, proxy: jax.Array, up: Any) -> UpProjection:
     if not isinstance(up, UpProjection):
         raise ValueError(f"up: expected an UpProjection, got {type(up).__name__}")
     rank, channels = proxy.shape[-1], x.shape[-1]
-    arrays: list[Any] = [None if array is None else jnp.asarray(array) for array in up]
+    arrays = [None if a is None else checks.as_array(f"up.{name}", a) for name, a in zip(up._fields, up, strict=True)]
     for name, array in zip(up._fields, arrays, strict=True):
         if array is None:
             if name != "skip":

@@ -54,8 +54,9 @@ def propagate(
       ValueError: wrong shapes, dtypes, chunk or names; "unturned" on a map that is not square; an implementation or
         path that cannot run here.
     """
-    x, logits, lam, gate, merge = (jnp.asarray(array) for array in (x, logits, lam, gate, merge))
-    skip = None if skip is None else jnp.asarray(skip)
+    given = dict(x=x, logits=logits, lam=lam, gate=gate, merge=merge)
+    x, logits, lam, gate, merge = (checks.as_array(name, array) for name, array in given.items())
+    skip = None if skip is None else checks.as_array("skip", skip)
     _check_maps(x, logits, lam, gate, skip, merge)
     chunk = checks.check_chunk(chunk)
     checks.check_axis_name("batch_axis", batch_axis)

@@ -33,7 +33,7 @@ def row_stochastic(logits: ArrayLike, *, direction: str) -> jax.Array:
     Raises:
       ValueError: wrong rank, slot count, dtype or direction.
     """
-    logits = jnp.asarray(logits)
+    logits = checks.as_array("logits", logits)
     if logits.ndim != 5 or logits.shape[3] != 3 or min(logits.shape) < 1:
         raise ValueError(f"logits: expected shape (B, H, W, 3, C_w), every axis at least 1, got {logits.shape}")
     checks.check_float("logits", logits)

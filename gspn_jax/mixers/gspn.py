@@ -8,6 +8,7 @@ from flax import nnx
 
 from pallas_kernels import UpProjection, propagate, propagate_low_rank
 from pallas_kernels.dispatch import PATHS
+from pallas_kernels.propagation import ALIGNMENTS
 from pallas_kernels.up_projection import maps_of
 
 # Where the kernels load by TMA, rows of channels are multiples of 16 bytes.
@@ -62,6 +63,10 @@ class GSPNMixer(nnx.Module):
         weight_channels = channels if weight_channels is None else weight_channels
         if weight_channels < 1 or channels % weight_channels:
             raise ValueError(f"weight_channels: expected a divisor of {channels} channels, got {weight_channels}")
+        if alignment not in ALIGNMENTS:
+            raise ValueError(f"alignment: expected one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk: expected None or at least 1 line, got {chunk}")
         if path is not None and path not in PATHS:
             raise ValueError(f"path: expected None or one of {', '.join(PATHS)}; got {path!r}")
         self.chunk, self.alignment, self.implementation, self.path = chunk, alignment, implementation, path

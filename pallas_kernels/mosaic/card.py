@@ -22,6 +22,11 @@ class Card:
     multiprocessors: int
     shared_memory: int  # bytes that a CTA may ask for
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether it has the tensor-core instructions of the kernels that make maps: wgmma, of Hopper alone."""
+        return self.capability[0] == 9
+
 
 H200 = Card("NVIDIA H200", (9, 0), 132, 227 * 1024)
 

@@ -71,6 +71,9 @@ class Form:
         # A channel block of fewer than all channels is clipped at the end of a line; one of all is not always.
         works = [work_of(channels) for channels in (self.padded, self.padded + _UNIT)]
         card = planned_for()
+        path = ("low_rank" if rank else "fused") + ("_on_chip" if resident else "")
+        if rank and not card.multiplies:
+            raise ValueError(f"path: {path!r} expects a card with wgmma, of compute capability 9, got {card.name}")
         if tile is not None:
             works = [work for work in works if work.fits(tile, card)]
             if not works:
@@ -79,6 +82,9 @@ class Form:
                 raise ValueError(f"tile: the interpreter runs at most {most} warpgroups here, got {tile!r}")
         planned = ((work, tile or plan(work, card, _most_warpgroups(interpret))) for work in works)
         work, chosen = next(((work, chosen) for work, chosen in planned if chosen is not None), (works[0], None))
+        if chosen is None and (rank or resident):
+            of_rank = f" with a proxy of {rank} channels" if rank else ""
+            raise ValueError(f"path: {path!r} has no tile on {card.name} for x {x.shape} of {x.dtype.name}{of_rank}")
         if chosen is None:
             raise ValueError(f"x: expected a map that a tile serves on {card.name}, got {x.shape} of {x.dtype.name}")
         self.padded, self.work, self.tile = work.channels, work, chosen

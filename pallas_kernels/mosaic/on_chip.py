@@ -85,8 +85,9 @@ def propagate_forward(
                 smaller, larger = (primitives.load(ref) for ref in shifted)
                 neighbours = smaller, same, larger
                 if restarts:
-                    goes_on = jnp.where(lax.rem(n, restarts) == 0, 0.0, 1.0)
-                    neighbours = [goes_on * neighbour for neighbour in neighbours]
+                    # Not by a product, which would hand on what is not finite.
+                    starts = lax.rem(n, restarts) == 0
+                    neighbours = [jnp.where(starts, 0.0, neighbour) for neighbour in neighbours]
                 x_line, y_line = (
                     ref.at[walk.line(n)] if walk.axis == 1 else ref.at[:, walk.line(n)] for ref in (x_map, y_map)
                 )

@@ -33,17 +33,11 @@ class Work:
 
 
 def choose(work: Work, path: str | None, is_interpreted: bool = False) -> Paths:
-    """The paths of `work`; with `path`, this one.
+    """The paths of `work`; with `path`, this one, and backward `fused` where it serves forward alone.
 
     Raises:
-      ValueError: `path` is on chip and the map is too large for it.
+      ValueError: `path` cannot serve the map on this card.
     """
-    if path is not None:
-        if path.endswith(ON_CHIP):
-            _ = forms(work, path, is_interpreted)  # which raises
-        return Paths(path, path, path.removesuffix(ON_CHIP))
-    row = nearest(work)
-    prefix = "" if work.rank else "given_"
 
     def possible(name: str, kernel: str = "forward") -> str:
         """The path of the row, or what serves a map that is larger or of a higher rank."""
@@ -55,6 +49,10 @@ def choose(work: Work, path: str | None, is_interpreted: bool = False) -> Paths:
                 pass
         return "fused"
 
+    if path is not None:
+        _ = forms(work, path, is_interpreted)  # which raises
+        return Paths(path, path, possible(path.removesuffix(ON_CHIP), "backward"))
+    row, prefix = nearest(work), "" if work.rank else "given_"
     backward = possible(row["backward"], "backward") if work.rank else "fused"
     return Paths(possible(row[prefix + "inference"]), possible(row[prefix + "training"]), backward)
 

@@ -50,6 +50,13 @@ def test_program_writes_a_table(tmp_path, capsys, monkeypatch):
     assert table["basis"] == "estimated for an NVIDIA H200, not measured"
     assert [row["name"] for row in table["rows"]] == ["gspn_nano_stage3"]
     assert "1 maps, estimated" in capsys.readouterr().out
+    assert choose_paths.main(["--shapes=gspn_nano_stage2", f"--out={tmp_path}/paths.json"]) == 0
+    table = json.loads((tmp_path / "paths.json").read_text())
+    assert [row["name"] for row in table["rows"]] == ["gspn_nano_stage2", "gspn_nano_stage3"]
+    (tmp_path / "paths.json").write_text(json.dumps(table | {"basis": "measured on an NVIDIA H200"}))
+    assert choose_paths.main(["--shapes=gspn_nano_stage2", f"--out={tmp_path}/paths.json"]) == 1
+    assert "paths.json holds times measured on an NVIDIA H200" in capsys.readouterr().err
+    assert json.loads((tmp_path / "paths.json").read_text())["basis"].startswith("measured")
     with pytest.raises(SystemExit):
         choose_paths.main(["--shapes=gspn2"])
     assert "maps of layers, which have a proxy; got gspn2_1024" in capsys.readouterr().err
@@ -104,5 +111,24 @@ def test_a_path_that_is_asked_for():
     work = Work((2, 16, 16, 64), "bfloat16", 64, None, 8)
     assert paths.choose(work, "fused_on_chip") == Paths("fused_on_chip", "fused_on_chip", "fused")
     assert paths.choose(work, "low_rank_on_chip") == Paths("low_rank_on_chip", "low_rank_on_chip", "low_rank")
-    with pytest.raises(ValueError, match="expected a map that a tile serves on NVIDIA H200, got \\(2, 128, 128, 64\\)"):
+    with pytest.raises(ValueError, match="path: 'low_rank_on_chip' has no tile on NVIDIA H200 for x .2, 128, 128, 64"):
         paths.choose(Work((2, 128, 128, 64), "bfloat16", 64, None, 8), "low_rank_on_chip")
+
+
+def test_a_card_without_wgmma_reads_maps():
+    rows = [row for row in paths._table()["rows"] if row["name"] in ("gspn_t_stage1", "gspn_t_stage4")]
+    with card.assume(card.Card("NVIDIA B200", (10, 0), 148, 227 * 1024)):
+        for row in rows:
+            chosen = paths.choose(paths._work_of(row), None)
+            assert {chosen.inference, chosen.training, chosen.backward} <= {"fused", "fused_on_chip"}, chosen
+        with pytest.raises(ValueError, match="path: 'low_rank' expects a card with wgmma, .*, got NVIDIA B200"):
+            paths.choose(paths._work_of(rows[0]), "low_rank")
+
+
+def test_a_path_that_serves_forward_alone_is_fused_backward():
+    chosen = paths.choose(Work((1, 16, 16, 64), "bfloat16", 64, None, rank=600), "low_rank")
+    assert chosen == Paths("low_rank", "low_rank", "fused")
+    with pytest.raises(ValueError, match=r"path: 'low_rank' has no tile .* x \(1, 16, 16, 64\) .* proxy of 1024"):
+        paths.choose(Work((1, 16, 16, 64), "bfloat16", 64, None, rank=1024), "low_rank")
+    with pytest.raises(ValueError, match="path: 'fused_on_chip' has no tile"):
+        paths.choose(Work((1, 128, 128, 64), "bfloat16", 64, None), "fused_on_chip")

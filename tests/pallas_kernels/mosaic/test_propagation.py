@@ -64,6 +64,18 @@ def test_compiled(case, planned):
         assert (products > 0) == case.path.startswith("low_rank"), kernel.opcodes
 
 
+def test_a_chunk_that_is_not_finite_spoils_no_other():
+    rng = np.random.default_rng(15)
+    x = rng.normal(size=(1, 4, 4, 8))
+    x[0, 0, 0, 0] = np.nan
+    maps = rng.normal(size=(1, 4, 4, 4, 3, 8)), *rng.normal(size=(3, 1, 4, 4, 4, 8))
+    arrays = [jnp.asarray(array, jnp.float32) for array in (x, *maps, np.ones(4))]
+    y = propagate(*arrays, chunk=2, implementation="mosaic_interpret", path="fused_on_chip")
+    want = propagate(*arrays, chunk=2, implementation="xla")
+    assert np.isnan(want).sum() == 4
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(want))
+
+
 @pytest.mark.parametrize("path", ["fused", "fused_on_chip"])
 def test_a_state_of_ones_stays_one_in_every_direction(path):
     """Rows sum to exactly 1 also where the kernel normalises: h = 1 from the first line on, in bfloat16 logits."""
