@@ -4,9 +4,10 @@ One launch for each direction, one after the other: each adds its share to y, so
 and results are the same from run to run. y is float32 until the last direction writes it in x's dtype. In bfloat16 the
 forward kernels move 82 bytes per pixel and channel if the maps are in memory: four times x and 6 maps, and 26 for y; 90
 with the four h, which are written under differentiation alone. The backward kernels move 146: four times x, h, the
-gradient of y, 6 maps and their gradients, and 26 for the gradient of x. Recomputing h instead would cost a forward
-pass, 40 bytes, against the 16 that writing and reading it takes. Maps that a kernel makes (`maps.Made`) are not read:
-34, 42 and 98 bytes are left. `on_chip` walks small maps in one launch.
+gradient of y, 6 maps and their gradients, and 26 for the gradient of x. Maps that a kernel makes (`maps.Made`) are not
+read: 34, 42 and 98 bytes are left. Keeping h takes 16 of these bytes and the memory of four maps; computing it again
+takes another forward pass, 82 or 34 bytes, so that it is kept unless `jax.checkpoint` says otherwise. `on_chip` walks
+small maps in one launch.
 """
 
 from collections.abc import Sequence
