@@ -20,6 +20,7 @@ class SoftmaxAttention(nnx.Module):
         features: int,
         *,
         num_heads: int | None = None,
+        use_bias: bool = False,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -27,6 +28,7 @@ class SoftmaxAttention(nnx.Module):
         """Args:
         features: C.
         num_heads: a divisor of C; by default the largest number of heads of at least 32 channels that divides it.
+        use_bias: of the projections.
         dtype: of the computation; the softmax is float32.
         """
         if num_heads is None:
@@ -34,9 +36,9 @@ class SoftmaxAttention(nnx.Module):
         if num_heads < 1 or features % num_heads:
             raise ValueError(f"num_heads: expected a divisor of features = {features}, got {num_heads}")
         self.num_heads = num_heads
-        options: Any = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.qkv = nnx.Linear(features, 3 * features, use_bias=False, **options)
-        self.out = nnx.Linear(features, features, use_bias=False, **options)
+        options: Any = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.qkv = nnx.Linear(features, 3 * features, **options)
+        self.out = nnx.Linear(features, features, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, features = x.shape

@@ -8,15 +8,19 @@ from flax import nnx
 
 from gspn_jax.mixers import GSPNMixer, SoftmaxAttention
 from gspn_jax.models.classifier import Classifier
+from gspn_jax.models.dit import DiT
 from gspn_jax.models.generator import Generator
 from gspn_jax.models.report import layer_report, parameter_count
 
 __all__ = [
+    "DITS",
     "GENERATORS",
     "MODELS",
     "Classifier",
+    "DiT",
     "Generator",
     "build",
+    "build_dit",
     "build_generator",
     "layer_report",
     "parameter_count",
@@ -42,6 +46,14 @@ GENERATORS: dict[str, dict[str, Any]] = {
     "gspn_l4": dict(width=1200, depth=56, patch=4),
     "gspn_xl2": dict(width=1500, depth=56, patch=2),
     "gspn_xl4": dict(width=1500, depth=56, patch=4),
+}
+
+# DiT-S/2, B/2, L/2 and XL/2 (arXiv 2212.09748, table 1) at 1,000 classes: 33M, 130M, 458M and 675M parameters.
+DITS: dict[str, dict[str, Any]] = {
+    "dit_s2": dict(width=384, depth=12, num_heads=6, patch=2),
+    "dit_b2": dict(width=768, depth=12, num_heads=12, patch=2),
+    "dit_l2": dict(width=1024, depth=24, num_heads=16, patch=2),
+    "dit_xl2": dict(width=1152, depth=28, num_heads=16, patch=2),
 }
 
 
@@ -80,10 +92,32 @@ def build_generator(name: str, *, num_classes: int, mixer: str = "gspn", rngs: n
     return Generator(num_classes, mixer=_take_mixer(mixer, options), rngs=rngs, **options)
 
 
+def build_dit(name: str, *, num_classes: int, mixer: str = "attention", rngs: nnx.Rngs, **options: Any) -> DiT:
+    """The diffusion transformer of a preset; SiT is the same network.
+
+    Args:
+      name: a key of `DITS`.
+      num_classes: classes beside "no class".
+      mixer: "attention", or "gspn" in the same skeleton.
+      options: of `DiT`, `num_heads` or, with mixer "gspn", of `GSPNMixer`; they replace those of the preset.
+
+    Raises:
+      ValueError: an unknown name, mixer or option.
+    """
+    options = _merged(DITS, name, options, _DIT_OPTIONS)
+    num_heads = options.pop("num_heads")
+    if mixer == "gspn":
+        options.setdefault("proxy_rank", max(options["width"] // 16, 1))
+        return DiT(num_classes, mixer=_take_mixer(mixer, options), rngs=rngs, **options)
+    attention = functools.partial(_take_mixer(mixer, options), num_heads=num_heads, use_bias=True)
+    return DiT(num_classes, mixer=attention, rngs=rngs, **options)
+
+
 _CLASSIFIER_OPTIONS = frozenset(
     "widths depths global_stages chunk stem_stride expansion mlp_ratio drop_path activation remat dtype".split()
 )
 _GENERATOR_OPTIONS = frozenset("width depth patch in_channels chunk global_blocks drop_path remat dtype".split())
+_DIT_OPTIONS = frozenset("width depth num_heads patch in_channels mlp_ratio remat dtype".split())
 _MIXER_OPTIONS = frozenset(
     "proxy_rank weight_channels propagation_channels alignment implementation path keep_states".split()
 )
@@ -116,5 +150,7 @@ def _gspn(features: int, **options: Any) -> nnx.Module:
     return GSPNMixer(features, **options)
 
 
-def _attention(features: int, *, dtype, rngs: nnx.Rngs, **gspn_options: Any) -> nnx.Module:
-    return SoftmaxAttention(features, dtype=dtype, rngs=rngs)
+def _attention(
+    features: int, *, dtype, rngs: nnx.Rngs, num_heads: int | None = None, use_bias: bool = False, **gspn_options: Any
+) -> nnx.Module:
+    return SoftmaxAttention(features, num_heads=num_heads, use_bias=use_bias, dtype=dtype, rngs=rngs)

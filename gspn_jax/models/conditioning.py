@@ -36,6 +36,11 @@ class Conditioning(nnx.Module):
         return self.second(jax.nn.silu(self.first(timestep_features(timestep)))) + self.label(label)
 
 
+def plain_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over channels without parameters of its own, to float32: the condition scales and shifts its result."""
+    return nnx.LayerNorm(width, epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, rngs=rngs)
+
+
 class AdaptiveHead(nnx.Module):
     """Tokens (B, H, W, C) to (B, H, W, outputs) float32: norm, scale and shift by the condition, linear.
 
@@ -45,9 +50,7 @@ class AdaptiveHead(nnx.Module):
     def __init__(self, width: int, outputs: int, *, rngs: nnx.Rngs):
         zero = nnx.initializers.zeros
         self.modulation = nnx.Linear(width, 2 * width, kernel_init=zero, rngs=rngs)
-        self.norm = nnx.LayerNorm(
-            width, epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, rngs=rngs
-        )
+        self.norm = plain_norm(width, rngs=rngs)
         self.linear = nnx.Linear(width, outputs, kernel_init=zero, rngs=rngs)
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from flax import nnx
 from gspn_jax.mixers.gspn import FAN_IN_UNIFORM
 from gspn_jax.models import layers
 from gspn_jax.models.conditioning import AdaptiveHead, Conditioning
+from gspn_jax.models.stack import graph_of, stacked
 
 MixerBuilder = Callable[..., nnx.Module]
 
@@ -133,10 +134,10 @@ class Generator(nnx.Module):
 
         self.embed = nnx.Linear(patch * patch * in_channels, width, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
         self.conditioning = Conditioning(num_classes, width, rngs=rngs)
-        self.in_blocks = _stacked(functools.partial(in_block, chunk=chunk), half, rngs)
+        self.in_blocks = stacked(functools.partial(in_block, chunk=chunk), half, rngs)
         self.in_runs = _runs(in_block, chunks[:half])
         self.mid_block = in_block(chunk=chunks[half], rngs=rngs)
-        self.out_blocks = _stacked(functools.partial(out_block, chunk=chunk), half, rngs)
+        self.out_blocks = stacked(functools.partial(out_block, chunk=chunk), half, rngs)
         self.out_runs = _runs(out_block, chunks[half + 1 :])
         self.norm = layers.layer_norm(width, dtype=jnp.float32, rngs=rngs)
         self.head = AdaptiveHead(width, patch * patch * 2 * in_channels, rngs=rngs)
@@ -156,7 +157,7 @@ class Generator(nnx.Module):
         Raises:
           ValueError: shapes other than these.
         """
-        self._check(latents, timestep, label)
+        check_inputs(latents, timestep, label, channels=self.in_channels, patch=self.patch)
         condition = self.conditioning(timestep, label)
         tokens = self.embed(layers.patches(latents, self.patch))
         residual = tokens.astype(jnp.float32) + condition[:, None, None]
@@ -180,18 +181,19 @@ class Generator(nnx.Module):
         x = self.norm(_add(residual, hidden, *drops(-1)))
         return layers.unpatched(self.head(x, condition), self.patch)
 
-    def _check(self, latents: jax.Array, timestep: jax.Array, label: jax.Array) -> None:
-        shape, patch = latents.shape, self.patch
-        if len(shape) != 4 or shape[-1] != self.in_channels or min(shape) < 1 or shape[1] % patch or shape[2] % patch:
-            raise ValueError(
-                f"latents: expected shape (B, H, W, {self.in_channels}) with H and W divisible by patch = {patch}, "
-                f"got {shape}"
-            )
-        for name, array in (("timestep", timestep), ("label", label)):
-            if array.shape != shape[:1]:
-                raise ValueError(f"{name}: expected shape {shape[:1]}, as latents have rows, got {array.shape}")
-        if not jnp.issubdtype(label.dtype, jnp.integer):
-            raise ValueError(f"label: expected integers, got {label.dtype}")
+
+def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, channels: int, patch: int) -> None:
+    """Raises ValueError unless a denoiser of latents (B, H, W, channels) can take these."""
+    shape = latents.shape
+    if len(shape) != 4 or shape[-1] != channels or min(shape) < 1 or shape[1] % patch or shape[2] % patch:
+        raise ValueError(
+            f"latents: expected shape (B, H, W, {channels}) with H and W divisible by patch = {patch}, got {shape}"
+        )
+    for name, array in (("timestep", timestep), ("label", label)):
+        if array.shape != shape[:1]:
+            raise ValueError(f"{name}: expected shape {shape[:1]}, as latents have rows, got {array.shape}")
+    if not jnp.issubdtype(label.dtype, jnp.integer):
+        raise ValueError(f"label: expected integers, got {label.dtype}")
 
 
 def _add(residual: jax.Array, hidden: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
@@ -199,21 +201,10 @@ def _add(residual: jax.Array, hidden: jax.Array, rate: float | jax.Array, key: j
     return residual + (hidden if key is None else layers.drop_path(hidden, rate, key))
 
 
-def _stacked(build: Callable[..., Block], count: int, rngs: nnx.Rngs) -> Block:
-    """A block whose parameters are those of `count` blocks, stacked on a first axis."""
-    keys = jax.random.split(rngs.params(), count)
-    state = jax.vmap(lambda key: nnx.state(build(rngs=nnx.Rngs(key))))(keys)
-    return nnx.merge(_graph(build), state)
-
-
-def _graph(build: Callable[..., Block]) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
-
-
 def _runs(build: Callable[..., Block], chunks: Sequence[int | None]) -> tuple[Run, ...]:
     """Chunks are static, so that a scan reaches as far as they stay the same. Parameters know nothing of it."""
     groups = [(chunk, len(list(group))) for chunk, group in itertools.groupby(chunks)]
-    return tuple((_graph(functools.partial(build, chunk=chunk)), length) for chunk, length in groups)
+    return tuple((graph_of(functools.partial(build, chunk=chunk)), length) for chunk, length in groups)
 
 
 def _run_blocks(

@@ -76,16 +76,27 @@ class GlobalResponseNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Linear, GELU (erf form), linear."""
+    """Linear, GELU, linear."""
 
-    def __init__(self, features: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        options: Any = dict(kernel_init=NORMAL, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        kernel_init: nnx.Initializer = NORMAL,
+        approximate: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        """approximate: GELU by tanh instead of erf."""
+        options: Any = dict(kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.approximate = approximate
         self.widen = nnx.Linear(features, hidden, **options)
         self.narrow = nnx.Linear(hidden, features, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # What the activation makes on its way is computed again for the gradient: two maps of the hidden width less.
-        gelu = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=False))
+        gelu = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=self.approximate))
         return self.narrow(gelu(self.widen(x)))
 
 

@@ -1,5 +1,6 @@
 """Parameters from elsewhere: one file a source, arrays as a mapping of names, whatever file held them."""
 
+from gspn_jax.weights.facebook import facebook_dit, facebook_dit_sizes
 from gspn_jax.weights.nvlabs import (
     nvlabs_classifier,
     nvlabs_classifier_arrays,
@@ -9,6 +10,8 @@ from gspn_jax.weights.nvlabs import (
 )
 
 __all__ = [
+    "facebook_dit",
+    "facebook_dit_sizes",
     "nvlabs_classifier",
     "nvlabs_classifier_arrays",
     "nvlabs_classifier_sizes",

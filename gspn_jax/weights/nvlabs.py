@@ -12,7 +12,7 @@ from flax import nnx
 from gspn_jax.mixers import GSPNMixer
 from gspn_jax.models.classifier import Classifier
 from gspn_jax.models.generator import Generator
-from gspn_jax.weights.torch_layouts import Row, filled, to_theirs, unwrapped
+from gspn_jax.weights.torch_layouts import Row, filled, shape_of, to_theirs, unwrapped
 
 # One row for each parameter of a mixer or block: our path in it, their name in it, and how theirs is laid out.
 _MIXER = [
@@ -155,7 +155,7 @@ def nvlabs_classifier_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """
     arrays = unwrapped(arrays)
 
-    shape = functools.partial(_shape, arrays)
+    shape = functools.partial(shape_of, arrays)
     blocks = [
         match.groups() for match in (re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name) for name in arrays) if match
     ]
@@ -231,21 +231,15 @@ def nvlabs_generator_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
     blocks = [int(match[1]) for match in (re.match(r"in_blocks\.(\d+)\.", name) for name in arrays) if match]
     if not blocks:
         raise ValueError(f"arrays: expected parameters named in_blocks.<index>..., got {len(arrays)} other names")
-    embed = _shape(arrays, "x_embedder.proj.weight")
+    embed = shape_of(arrays, "x_embedder.proj.weight")
     if len(embed) != 4:
         raise ValueError(f"arrays: expected x_embedder.proj.weight to have 4 axes, got shape {embed}")
     width, in_channels, patch, _ = embed
     return dict(
-        num_classes=_shape(arrays, "y_embedder.embedding_table.weight")[0] - 1,  # the last is "no class"
+        num_classes=shape_of(arrays, "y_embedder.embedding_table.weight")[0] - 1,  # the last is "no class"
         width=width,
         depth=2 * (1 + max(blocks)),
         patch=patch,
         in_channels=in_channels,
-        proxy_rank=_shape(arrays, "mid_block.x_conv_down.weight")[0],
+        proxy_rank=shape_of(arrays, "mid_block.x_conv_down.weight")[0],
     )
-
-
-def _shape(arrays: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    if name not in arrays:
-        raise ValueError(f"arrays: expected a parameter {name}, which is missing; got {len(arrays)} other names")
-    return np.shape(arrays[name])

@@ -61,6 +61,13 @@ def filled[Model: nnx.Module](model: Model, rows: Iterable[Row], arrays: Mapping
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def shape_of(arrays: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """ValueError if there is no such parameter."""
+    if name not in arrays:
+        raise ValueError(f"arrays: expected a parameter {name}, which is missing; got {len(arrays)} other names")
+    return np.shape(arrays[name])
+
+
 def to_ours(array: np.ndarray, layout: str) -> np.ndarray:
     """An array of theirs as ours: "vector", "table", "conv", "patch", "linear", or "logits" of a GSPN module."""
     if layout == "vector":

@@ -10,7 +10,8 @@ from flax import nnx
 from gspn_jax.mixers import GSPNMixer
 from gspn_jax.models import GENERATORS, build_generator, layers, parameter_count
 from gspn_jax.models.conditioning import AdaptiveHead, timestep_features
-from gspn_jax.models.generator import Block, Generator, _stacked
+from gspn_jax.models.generator import Block, Generator
+from gspn_jax.models.stack import stacked
 from tests.tolerances import assert_close
 
 WIDTH, CLASSES = 12, 5
@@ -226,7 +227,7 @@ def test_a_fresh_network_predicts_zero():
 
 def test_stacked_blocks_start_apart_and_within_their_bounds():
     block = functools.partial(Block, 4, mixer=Scale, chunk=None, long_skip=False)
-    blocks = _stacked(functools.partial(block, dtype=jnp.float32), 2, nnx.Rngs(0))
+    blocks = stacked(functools.partial(block, dtype=jnp.float32), 2, nnx.Rngs(0))
     for linear, bound in ((blocks.project, math.sqrt(6 / 8)), (blocks.forward_in, math.sqrt(1 / 4))):
         kernel = np.asarray(linear.kernel[...])
         assert kernel.shape == (2, 4, 4) and 0.7 * bound < np.abs(kernel).max() <= bound

@@ -1,0 +1,107 @@
+"""Diffusion transformers as their authors' program, facebookresearch/DiT, holds them; SiT names them alike."""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gspn_jax.mixers import SoftmaxAttention
+from gspn_jax.models.dit import DiT, positions
+from gspn_jax.weights.torch_layouts import Row, filled, shape_of, unwrapped
+
+_POSITIONS = "pos_embed"  # fixed, and made anew for every size of map
+_ENDS = [
+    ("embed/kernel", "x_embedder.proj.weight", "patch"),
+    ("embed/bias", "x_embedder.proj.bias", "vector"),
+    ("conditioning/first/kernel", "t_embedder.mlp.0.weight", "linear"),
+    ("conditioning/first/bias", "t_embedder.mlp.0.bias", "vector"),
+    ("conditioning/second/kernel", "t_embedder.mlp.2.weight", "linear"),
+    ("conditioning/second/bias", "t_embedder.mlp.2.bias", "vector"),
+    ("conditioning/label/embedding", "y_embedder.embedding_table.weight", "table"),
+    ("head/modulation/kernel", "final_layer.adaLN_modulation.1.weight", "linear"),
+    ("head/modulation/bias", "final_layer.adaLN_modulation.1.bias", "vector"),
+    ("head/linear/kernel", "final_layer.linear.weight", "linear"),
+    ("head/linear/bias", "final_layer.linear.bias", "vector"),
+]
+_BLOCK = [
+    ("modulation", "adaLN_modulation.1"),
+    ("mixer/qkv", "attn.qkv"),
+    ("mixer/out", "attn.proj"),
+    ("mlp/widen", "mlp.fc1"),
+    ("mlp/narrow", "mlp.fc2"),
+]
+
+
+def facebook_dit(arrays: Mapping[str, Any], *, num_heads: int, dtype: jnp.dtype = jnp.float32) -> DiT:
+    """A released DiT or SiT, or any network of its form; every size but the number of heads is read off the shapes.
+
+    Args:
+      arrays: their parameter names to arrays; of a checkpoint that holds {"ema": ...} too, these are taken.
+      num_heads: of the attention: 16 for XL and L, 12 for B, 6 for S.
+      dtype: of the computation.
+
+    Returns:
+      the network, called on latents (B, H, W, C), timestep (B,) and label (B,); H and W of any size.
+
+    Raises:
+      ValueError: a parameter is missing, is left over, or has a shape that does not fit; num_heads is no divisor of
+        the width; fixed positions other than sine-cosine ones.
+    """
+    arrays = unwrapped(arrays, wrappers=("ema", "model", "state_dict"))
+    sizes = facebook_dit_sizes(arrays)
+    _check_positions(arrays.pop(_POSITIONS, None), sizes["width"])
+
+    def mixer(features: int, *, chunk: None, **options: Any) -> SoftmaxAttention:
+        return SoftmaxAttention(features, num_heads=num_heads, use_bias=True, **options)
+
+    build = functools.partial(DiT, **sizes, mixer=mixer, dtype=dtype)
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    return filled(model, _rows(sizes["depth"]), arrays, kind="DiT")
+
+
+def facebook_dit_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """num_classes, width, depth, patch, in_channels and mlp_ratio of what `facebook_dit` takes.
+
+    Raises:
+      ValueError: the parameters that tell them are missing.
+    """
+    arrays = unwrapped(arrays, wrappers=("ema", "model", "state_dict"))
+    blocks = [int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in arrays) if match]
+    if not blocks:
+        raise ValueError(f"arrays: expected parameters named blocks.<index>..., got {len(arrays)} other names")
+    embed = shape_of(arrays, "x_embedder.proj.weight")
+    if len(embed) != 4:
+        raise ValueError(f"arrays: expected x_embedder.proj.weight to have 4 axes, got shape {embed}")
+    width, in_channels, patch, _ = embed
+    return dict(
+        num_classes=shape_of(arrays, "y_embedder.embedding_table.weight")[0] - 1,  # the last is "no class"
+        width=width,
+        depth=1 + max(blocks),
+        patch=patch,
+        in_channels=in_channels,
+        mlp_ratio=shape_of(arrays, "blocks.0.mlp.fc1.weight")[0] / width,
+    )
+
+
+def _rows(depth: int) -> Iterator[Row]:
+    for ours, theirs, layout in _ENDS:
+        yield tuple(ours.split("/")), theirs, layout
+    for ours, theirs in _BLOCK:
+        for leaf, suffix, layout in (("kernel", "weight", "linear"), ("bias", "bias", "vector")):
+            names = [f"blocks.{index}.{theirs}.{suffix}" for index in range(depth)]
+            yield ("blocks", *ours.split("/"), leaf), names, layout
+
+
+def _check_positions(found: Any, width: int) -> None:
+    if found is None:
+        return
+    found = np.asarray(found)
+    side = round(found.shape[-2] ** 0.5)
+    if found.shape != (1, side * side, width):
+        raise ValueError(f"arrays: expected {_POSITIONS} of a square map, (1, N * N, {width}), got {found.shape}")
+    if not np.allclose(found.reshape(side, side, width), positions(side, side, width), atol=1e-3):
+        raise ValueError(f"arrays: expected sine-cosine positions in {_POSITIONS}, got others")
