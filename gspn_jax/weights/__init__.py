@@ -1,5 +1,6 @@
 """Parameters from elsewhere: one file a source, arrays as a mapping of names, whatever file held them."""
 
+from gspn_jax.weights.diffusers import diffusers_autoencoder
 from gspn_jax.weights.facebook import facebook_dit, facebook_dit_sizes
 from gspn_jax.weights.nvlabs import (
     nvlabs_classifier,
@@ -10,6 +11,7 @@ from gspn_jax.weights.nvlabs import (
 )
 
 __all__ = [
+    "diffusers_autoencoder",
     "facebook_dit",
     "facebook_dit_sizes",
     "nvlabs_classifier",

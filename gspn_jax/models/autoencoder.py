@@ -1,0 +1,189 @@
+"""The autoencoder of latent diffusion (arXiv 2112.10752; "AutoencoderKL"): images to latents of 1/8 of their side.
+
+Maps are channels-last. A level is a row of residual blocks and, but for the innermost, a change of resolution by two.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# What latents are multiplied with so that they have a variance of about 1: of Stable Diffusion's first autoencoders.
+SCALE = 0.18215
+_LOG_VARIANCES = -30.0, 20.0  # as far as they are believed
+
+
+class ResBlock(nnx.Module):
+    """Twice group norm, SiLU and 3x3 convolution, added to the input (to a 1x1 convolution of it where widths differ)."""
+
+    def __init__(self, inputs: int, outputs: int, *, norm_groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.first_norm = _norm(inputs, norm_groups, dtype=dtype, rngs=rngs)
+        self.first = _conv(inputs, outputs, 3, dtype=dtype, rngs=rngs)
+        self.second_norm = _norm(outputs, norm_groups, dtype=dtype, rngs=rngs)
+        self.second = _conv(outputs, outputs, 3, dtype=dtype, rngs=rngs)
+        self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.first(jax.nn.silu(self.first_norm(x)))
+        y = self.second(jax.nn.silu(self.second_norm(y)))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class AttentionBlock(nnx.Module):
+    """Softmax attention with one head over all pixels of a map, added to it."""
+
+    def __init__(self, features: int, *, norm_groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm = _norm(features, norm_groups, dtype=dtype, rngs=rngs)
+        self.query, self.key, self.value, self.out = (
+            nnx.Linear(features, features, dtype=dtype, rngs=rngs) for _ in range(4)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, features = x.shape
+        rows = self.norm(x).reshape(batch, height * width, 1, features)
+        mixed = jax.nn.dot_product_attention(self.query(rows), self.key(rows), self.value(rows))
+        return x + self.out(mixed).reshape(x.shape)
+
+
+class Middle(nnx.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, features: int, **options: Any):
+        self.first = ResBlock(features, features, **options)
+        self.attention = AttentionBlock(features, **options)
+        self.second = ResBlock(features, features, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.attention(self.first(x)))
+
+
+class Level(nnx.Module):
+    """Residual blocks, then half or twice the resolution if `resample` says "down" or "up"."""
+
+    def __init__(self, inputs: int, outputs: int, count: int, resample: str | None, **options: Any):
+        widths = [inputs, *[outputs] * count]
+        self.blocks = nnx.List([ResBlock(*pair, **options) for pair in zip(widths, widths[1:], strict=False)])
+        del options["norm_groups"]
+        self.is_down = resample == "down"
+        self.resample = None if resample is None else _conv(outputs, outputs, 3, stride=1 + self.is_down, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in self.blocks:
+            x = block(x)
+        if self.resample is None:
+            return x
+        if self.is_down:
+            return self.resample(jnp.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+        return self.resample(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+
+class Encoder(nnx.Module):
+    """Images to what latents are made of."""
+
+    def __init__(self, channels: int, widths: Sequence[int], blocks: int, outputs: int, **options: Any):
+        plain = {key: value for key, value in options.items() if key != "norm_groups"}
+        last = len(widths) - 1
+        self.start = _conv(channels, widths[0], 3, **plain)
+        self.levels = nnx.List([
+            Level(before, width, blocks, "down" if n < last else None, **options)
+            for n, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
+        ])  # fmt: skip
+        self.middle = Middle(widths[-1], **options)
+        self.norm = _norm(widths[-1], **options)
+        self.end = _conv(widths[-1], outputs, 3, **plain)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.start(x)
+        for level in self.levels:
+            x = level(x)
+        return self.end(jax.nn.silu(self.norm(self.middle(x))))
+
+
+class Decoder(nnx.Module):
+    """The way back: the middle first, then levels with one block more."""
+
+    def __init__(self, inputs: int, widths: Sequence[int], blocks: int, channels: int, **options: Any):
+        plain = {key: value for key, value in options.items() if key != "norm_groups"}
+        widths, last = widths[::-1], len(widths) - 1
+        self.start = _conv(inputs, widths[0], 3, **plain)
+        self.middle = Middle(widths[0], **options)
+        self.levels = nnx.List([
+            Level(before, width, blocks + 1, "up" if n < last else None, **options)
+            for n, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
+        ])  # fmt: skip
+        self.norm = _norm(widths[-1], **options)
+        self.end = _conv(widths[-1], channels, 3, **plain)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.middle(self.start(x))
+        for level in self.levels:
+            x = level(x)
+        return self.end(jax.nn.silu(self.norm(x)))
+
+
+class Autoencoder(nnx.Module):
+    """Images (B, H, W, channels), about -1 to 1, to normal distributions of latents, and latents to images."""
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (128, 256, 512, 512),
+        *,
+        blocks: int = 2,
+        channels: int = 3,
+        latent_channels: int = 4,
+        norm_groups: int = 32,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Args:
+        widths: channels of each level, from the images on.
+        blocks: residual blocks of a level of the encoder; the decoder has one more.
+        norm_groups: of channels that are normalised together, a divisor of every width.
+        dtype: of the computation.
+        """
+        for width in widths:
+            if width % norm_groups:
+                raise ValueError(f"norm_groups: expected a divisor of the widths {tuple(widths)}, got {norm_groups}")
+        options: Any = dict(norm_groups=norm_groups, dtype=jnp.dtype(dtype), rngs=rngs)
+        plain = {key: value for key, value in options.items() if key != "norm_groups"}
+        self.factor, self.channels, self.latent_channels = 2 ** (len(widths) - 1), channels, latent_channels
+        self.encoder = Encoder(channels, tuple(widths), blocks, 2 * latent_channels, **options)
+        self.to_moments = _conv(2 * latent_channels, 2 * latent_channels, 1, **plain)
+        self.from_latents = _conv(latent_channels, latent_channels, 1, **plain)
+        self.decoder = Decoder(latent_channels, tuple(widths), blocks, channels, **options)
+
+    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and log variance of the latents, (B, H / factor, W / factor, latent_channels) float32; not scaled.
+
+        Raises:
+          ValueError: another number of channels, or sides that `factor` does not divide.
+        """
+        shape = images.shape
+        if len(shape) != 4 or shape[-1] != self.channels or shape[1] % self.factor or shape[2] % self.factor:
+            expected = f"(B, H, W, {self.channels}) with H and W divisible by {self.factor}"
+            raise ValueError(f"images: expected shape {expected}, got {shape}")
+        moments = self.to_moments(self.encoder(images)).astype(jnp.float32)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, *_LOG_VARIANCES)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Images, float32, of latents as `encode` gives them, not scaled.
+
+        Raises:
+          ValueError: another number of channels.
+        """
+        if latents.ndim != 4 or latents.shape[-1] != self.latent_channels:
+            raise ValueError(f"latents: expected shape (B, H, W, {self.latent_channels}), got {latents.shape}")
+        return self.decoder(self.from_latents(latents)).astype(jnp.float32)
+
+
+def _norm(features: int, norm_groups: int, **options: Any) -> nnx.GroupNorm:
+    return nnx.GroupNorm(features, norm_groups, epsilon=1e-6, use_fast_variance=False, **options)
+
+
+def _conv(inputs: int, outputs: int, size: int, *, stride: int = 1, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
+    # Where resolution is halved, the map has a border of zeros on two sides already.
+    padding = 0 if stride > 1 else size // 2
+    return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)

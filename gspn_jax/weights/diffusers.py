@@ -1,0 +1,92 @@
+"""Networks as diffusers holds them: the autoencoder of Stable Diffusion (AutoencoderKL)."""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from gspn_jax.models.autoencoder import Autoencoder
+from gspn_jax.weights.torch_layouts import Row, filled, shape_of, unwrapped
+
+# Names of attention before diffusers 0.17, which published files hold.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ATTENTION = [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out.0")]
+
+
+def diffusers_autoencoder(
+    arrays: Mapping[str, Any], *, norm_groups: int = 32, dtype: jnp.dtype = jnp.float32
+) -> Autoencoder:
+    """The autoencoder of these parameters; every size but the groups of its norms is read off the shapes.
+
+    Args:
+      arrays: parameter names, old or new, to arrays.
+      norm_groups: 32 in all published ones.
+      dtype: of the computation.
+
+    Raises:
+      ValueError: a parameter is missing, is left over, or has a shape that does not fit.
+    """
+    pattern = re.compile(rf"(\.attentions\.0\.)({'|'.join(_OLD_NAMES)})\.")
+    arrays = {
+        pattern.sub(lambda match: f"{match[1]}{_OLD_NAMES[match[2]]}.", name): array
+        for name, array in unwrapped(arrays).items()
+    }
+    sizes = _sizes(arrays)
+    build = functools.partial(Autoencoder, **sizes, norm_groups=norm_groups, dtype=dtype)
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    return filled(model, _rows(arrays, len(sizes["widths"]), sizes["blocks"]), arrays, kind="AutoencoderKL")
+
+
+def _sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    levels = [int(match[1]) for match in (re.match(r"encoder\.down_blocks\.(\d+)\.", name) for name in arrays) if match]
+    if not levels:
+        raise ValueError(f"arrays: expected parameters named encoder.down_blocks..., got {len(arrays)} other names")
+    blocks = re.compile(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    return dict(
+        widths=tuple(
+            shape_of(arrays, f"encoder.down_blocks.{n}.resnets.0.conv1.weight")[0] for n in range(1 + max(levels))
+        ),
+        blocks=1 + max((int(match[1]) for match in map(blocks.match, arrays) if match), default=0),
+        channels=shape_of(arrays, "decoder.conv_out.weight")[0],
+        latent_channels=shape_of(arrays, "post_quant_conv.weight")[0],
+    )
+
+
+def _rows(arrays: Mapping[str, Any], levels: int, blocks: int) -> Iterator[Row]:
+    def conv(ours: tuple, theirs: str) -> Iterator[Row]:
+        yield (*ours, "kernel"), f"{theirs}.weight", "conv"
+        yield (*ours, "bias"), f"{theirs}.bias", "vector"
+
+    def norm(ours: tuple, theirs: str) -> Iterator[Row]:
+        yield (*ours, "scale"), f"{theirs}.weight", "vector"
+        yield (*ours, "bias"), f"{theirs}.bias", "vector"
+
+    def res_block(ours: tuple, theirs: str) -> Iterator[Row]:
+        for name, number in (("first", 1), ("second", 2)):
+            yield from norm((*ours, f"{name}_norm"), f"{theirs}.norm{number}")
+            yield from conv((*ours, name), f"{theirs}.conv{number}")
+        if f"{theirs}.conv_shortcut.weight" in arrays:
+            yield from conv((*ours, "shortcut"), f"{theirs}.conv_shortcut")
+
+    for part, side, count in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
+        yield from conv((part, "start"), f"{part}.conv_in")
+        for level in range(levels):
+            theirs = f"{part}.{side}_blocks.{level}"
+            for block in range(count):
+                yield from res_block((part, "levels", level, "blocks", block), f"{theirs}.resnets.{block}")
+            if level < levels - 1:
+                yield from conv((part, "levels", level, "resample"), f"{theirs}.{side}samplers.0.conv")
+        middle = f"{part}.mid_block"
+        yield from res_block((part, "middle", "first"), f"{middle}.resnets.0")
+        yield from res_block((part, "middle", "second"), f"{middle}.resnets.1")
+        yield from norm((part, "middle", "attention", "norm"), f"{middle}.attentions.0.group_norm")
+        for ours, theirs in _ATTENTION:
+            yield (part, "middle", "attention", ours, "kernel"), f"{middle}.attentions.0.{theirs}.weight", "linear"
+            yield (part, "middle", "attention", ours, "bias"), f"{middle}.attentions.0.{theirs}.bias", "vector"
+        yield from norm((part, "norm"), f"{part}.conv_norm_out")
+        yield from conv((part, "end"), f"{part}.conv_out")
+    yield from conv(("to_moments",), "quant_conv")
+    yield from conv(("from_latents",), "post_quant_conv")
