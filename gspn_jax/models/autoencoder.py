@@ -16,7 +16,7 @@ _LOG_VARIANCES = -30.0, 20.0  # as far as they are believed
 
 
 class ResBlock(nnx.Module):
-    """Twice group norm, SiLU and 3x3 convolution, added to the input (to a 1x1 convolution of it where widths differ)."""
+    """Twice group norm, SiLU and 3x3 convolution, added to the input, by way of a 1x1 one where widths differ."""
 
     def __init__(self, inputs: int, outputs: int, *, norm_groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.first_norm = _norm(inputs, norm_groups, dtype=dtype, rngs=rngs)
