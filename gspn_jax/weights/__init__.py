@@ -2,6 +2,7 @@
 
 from gspn_jax.weights.diffusers import diffusers_autoencoder
 from gspn_jax.weights.facebook import facebook_dit, facebook_dit_sizes
+from gspn_jax.weights.fid import fid_inception
 from gspn_jax.weights.nvlabs import (
     nvlabs_classifier,
     nvlabs_classifier_arrays,
@@ -14,6 +15,7 @@ __all__ = [
     "diffusers_autoencoder",
     "facebook_dit",
     "facebook_dit_sizes",
+    "fid_inception",
     "nvlabs_classifier",
     "nvlabs_classifier_arrays",
     "nvlabs_classifier_sizes",

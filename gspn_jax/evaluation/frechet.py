@@ -1,0 +1,127 @@
+"""Scores of generated images: Frechet distances, inception score, precision and recall, from features.
+
+Moments are running sums in float64, so that memory does not grow with the number of images; precision and recall keep
+the features and compare them block by block.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+Moments = tuple[np.ndarray, np.ndarray]  # mean (D,) and covariance (D, D), float64
+
+
+@dataclasses.dataclass
+class RunningMoments:
+    """Mean and covariance of features that come in batches."""
+
+    features: int
+
+    def __post_init__(self):
+        self.count = 0
+        self._shift: np.ndarray | None = None  # the first mean: sums of what lies near zero lose no digits
+        self._sum = np.zeros(self.features)
+        self._products = np.zeros((self.features, self.features))
+
+    def add(self, batch: np.ndarray) -> None:
+        """batch: (B, features) of any float dtype.
+
+        Raises:
+          ValueError: another shape, or values that are not finite.
+        """
+        batch = np.asarray(batch, np.float64)
+        if batch.ndim != 2 or batch.shape[1] != self.features:
+            raise ValueError(f"batch: expected shape (B, {self.features}), got {batch.shape}")
+        if not np.all(np.isfinite(batch)):
+            raise ValueError("batch: expected finite features, got others")
+        if self._shift is None and len(batch):
+            self._shift = batch.mean(axis=0)
+        if len(batch):
+            batch = batch - self._shift
+            self.count += len(batch)
+            self._sum += batch.sum(axis=0)
+            self._products += batch.T @ batch
+
+    def moments(self) -> Moments:
+        """Of all that came; the covariance is divided by count - 1.
+
+        Raises:
+          ValueError: fewer than two samples.
+        """
+        if self.count < 2 or self._shift is None:
+            raise ValueError(f"count: expected at least 2 samples, got {self.count}")
+        mean = self._sum / self.count
+        covariance = (self._products - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return mean + self._shift, covariance
+
+
+def frechet_distance(one: Moments, other: Moments) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two normal distributions (arXiv 1706.08500)."""
+    (mean, covariance), (other_mean, other_covariance) = one, other
+    if mean.shape != other_mean.shape:
+        raise ValueError(f"other: expected {mean.shape[0]} features, got {other_mean.shape[0]}")
+    # The trace of a root of S1 S2 is that of R S2 R, symmetric, with R the root of S1.
+    values, vectors = np.linalg.eigh(covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    shared = np.linalg.eigvalsh(root @ other_covariance @ root)
+    trace = np.trace(covariance) + np.trace(other_covariance) - 2 * np.sqrt(np.maximum(shared, 0)).sum()
+    return float(np.sum((mean - other_mean) ** 2) + trace)
+
+
+def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
+    """Mean and deviation over splits of exp E KL(p(y | x) || p(y)) (arXiv 1606.03498). logits: (N, classes)."""
+    logits = np.asarray(logits, np.float64)
+    if logits.ndim != 2 or len(logits) < splits:
+        raise ValueError(f"logits: expected (N, classes) with N at least {splits}, got {logits.shape}")
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_shares = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    scores = []
+    for part in np.array_split(log_shares, splits):
+        mean = np.exp(part).mean(axis=0)
+        divergence = np.exp(part) * (part - np.log(np.maximum(mean, 1e-300)))
+        scores.append(np.exp(divergence.sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_and_recall(
+    reference: np.ndarray, samples: np.ndarray, *, neighbours: int = 3, block: int = 1000
+) -> tuple[float, float]:
+    """Shares of samples near the reference, and of the reference near samples (arXiv 1904.06991).
+
+    A point is near a set if it lies in the ball of some member that reaches to this member's k-th neighbour in the set.
+
+    Args:
+      reference, samples: (N, D) and (M, D), more than `neighbours` each.
+      neighbours: k.
+      block: rows of distances that are in memory at a time.
+    """
+    for name, features in (("reference", reference), ("samples", samples)):
+        if features.ndim != 2 or len(features) <= neighbours or features.shape[1] != reference.shape[1]:
+            raise ValueError(
+                f"{name}: expected more than {neighbours} rows of {reference.shape[-1]} features, got {features.shape}"
+            )
+    radii = [_radii(features, neighbours, block) for features in (reference, samples)]
+    precision = _share_within(samples, reference, radii[0], block)
+    return precision, _share_within(reference, samples, radii[1], block)
+
+
+def _radii(features: np.ndarray, neighbours: int, block: int) -> np.ndarray:
+    """Squared distance of each to its k-th neighbour other than itself."""
+    nearest = [np.partition(part, neighbours, axis=1)[:, neighbours] for part in _distances(features, features, block)]
+    return np.concatenate(nearest)
+
+
+def _share_within(points: np.ndarray, centres: np.ndarray, radii: np.ndarray, block: int) -> float:
+    within = [np.any(part <= radii[None], axis=1) for part in _distances(points, centres, block)]
+    return float(np.concatenate(within).mean())
+
+
+def _distances(rows: np.ndarray, columns: np.ndarray, block: int) -> Iterator[np.ndarray]:
+    """Squared distances of so many rows at a time to all columns."""
+    columns = np.asarray(columns, np.float64)
+    squares = np.sum(columns**2, axis=1)
+    for start in range(0, len(rows), block):
+        part = np.asarray(rows[start : start + block], np.float64)
+        distances = np.sum(part**2, axis=1)[:, None] + squares[None] - 2 * part @ columns.T
+        yield np.maximum(distances, 0)
