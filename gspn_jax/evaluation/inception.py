@@ -25,7 +25,7 @@ class ConvNorm(nnx.Module):
         self.norm = nnx.BatchNorm(outputs, epsilon=1e-3, use_running_average=True, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, stride: int = 1, padded: bool = True) -> jax.Array:
-        rows, columns = self.conv.kernel_size
+        rows, columns, _, _ = self.conv.kernel[...].shape
         borders = (rows // 2, columns // 2) if padded and stride == 1 else (0, 0)
         y = jax.lax.conv_general_dilated(
             x, self.conv.kernel[...], (stride, stride), [(border, border) for border in borders],
@@ -118,8 +118,7 @@ def _mean(x: jax.Array) -> jax.Array:
 
 
 def _max_pool(x: jax.Array, stride: int = 2) -> jax.Array:
-    border = 0 if stride == 2 else 1
-    return nnx.max_pool(x, (3, 3), strides=(stride, stride), padding=[(border, border)] * 2)
+    return nnx.max_pool(x, (3, 3), strides=(stride, stride), padding="VALID" if stride == 2 else "SAME")
 
 
 def _mean_pool(x: jax.Array) -> jax.Array:

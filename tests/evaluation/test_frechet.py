@@ -31,7 +31,7 @@ def test_frechet_distance_is_that_by_a_matrix_root(count):
     """Also of fewer samples than features, whose covariance has no inverse."""
     one, other = (np.cov(draw(count, 16, seed), rowvar=False) for seed in (1, 2))
     means = draw(2, 16, 3)
-    root = scipy.linalg.sqrtm(one @ other).real
+    root = np.real(scipy.linalg.sqrtm(one @ other))
     want = np.sum((means[0] - means[1]) ** 2) + np.trace(one + other - 2 * root)
     assert frechet_distance((means[0], one), (means[1], other)) == pytest.approx(want, rel=1e-6)
     assert frechet_distance((means[0], one), (means[0], one)) == pytest.approx(0, abs=1e-6 * np.trace(one))
