@@ -118,8 +118,7 @@ def _propagation_backward(call, residuals, grad_y):
     return sharded(backward, call.axes, (specs, states, call.axes.map_spec(4)), specs)(inputs, h, grad_y)
 
 
-# Under `jax.checkpoint` the pass whose h nobody reads writes none.
-propagation.defvjp(_propagation_forward, _propagation_backward, optimize_remat=True)
+propagation.defvjp(_propagation_forward, _propagation_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -159,7 +158,7 @@ def _low_rank_backward(call, residuals, grad_y):
     return sharded(backward, call.axes, (specs, (maps,) * 4, maps), specs)(inputs, h, grad_y)
 
 
-low_rank.defvjp(_low_rank_forward, _low_rank_backward, optimize_remat=True)
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 def _low_rank_specs(call: Call, up: UpProjection) -> tuple:

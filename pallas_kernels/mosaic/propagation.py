@@ -6,7 +6,7 @@ forward kernels move 82 bytes per pixel and channel if the maps are in memory: f
 with the four h, which are written under differentiation alone. The backward kernels move 146: four times x, h, the
 gradient of y, 6 maps and their gradients, and 26 for the gradient of x. Maps that a kernel makes (`maps.Made`) are not
 read: 34, 42 and 98 bytes are left. Keeping h takes 16 of these bytes and the memory of four maps; computing it again
-takes another forward pass, 82 or 34 bytes, so that it is kept unless `jax.checkpoint` says otherwise. `on_chip` walks
+takes another forward pass, 90 or 42 bytes, so that it is kept unless `jax.checkpoint` says otherwise. `on_chip` walks
 small maps in one launch.
 """
 
