@@ -9,8 +9,8 @@ What a run is goes into its checkpoints and its `config.json` as plain JSON, and
 "config" is there for runs that were trained here; converted weights go without.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,12 @@ FREE_KEYS = (
 )
 
 
+class Evaluates(Protocol):
+    """A task as far as its evaluation goes."""
+
+    def evaluate(self, params: Parameters, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float]: ...
+
+
 _DTYPES = ("float32", "bfloat16", "float16")
 # What the shapes of the parameters do not show, with the values of a model that does not say.
 _UNSEEN = {
@@ -77,16 +83,22 @@ def describe(config: Any, dataset: data.Dataset) -> dict[str, Any]:
 
 def model_builder(meta: Mapping[str, Any]) -> Callable[[nnx.Rngs], nnx.Module]:
     """Returns NNX rngs -> the classifier that `meta` describes."""
-    options = dict(meta["model"]["options"])
-    if options.get("dtype", "float32") not in _DTYPES:
-        raise ValueError(f"model.dtype: expected one of {', '.join(_DTYPES)}; got {options['dtype']!r}")
-    if "dtype" in options:
-        options["dtype"] = jnp.dtype(options["dtype"])
+    options = model_options(meta)
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
         return models.build(meta["model"]["name"], num_classes=meta["num_classes"], rngs=rngs, **options)
 
     return build
+
+
+def model_options(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a model's builder; ValueError for a dtype that is none of the computation."""
+    options = dict(meta["model"]["options"])
+    if options.get("dtype", "float32") not in _DTYPES:
+        raise ValueError(f"model.dtype: expected one of {', '.join(_DTYPES)}; got {options['dtype']!r}")
+    if "dtype" in options:
+        options["dtype"] = jnp.dtype(options["dtype"])
+    return options
 
 
 def make_task(meta: Mapping[str, Any], mixing: MixingOptions | None = None) -> Classification:
@@ -100,11 +112,16 @@ def make_task(meta: Mapping[str, Any], mixing: MixingOptions | None = None) -> C
     )
 
 
+def make_training_task(meta: Mapping[str, Any], config: Any) -> Classification:
+    """Returns the task of a run, which mixes images."""
+    return make_task(meta, MixingOptions(**config.mixing.to_dict()))
+
+
 def layer_lines(meta: Mapping[str, Any], batch_size: int) -> list[str]:
     """Returns what each line scan of the model runs on, with so many images at a time."""
     model = nnx.eval_shape(lambda: model_builder(meta)(nnx.Rngs(0)))
     size = meta["data"]["image_size"]
-    return models.layer_report(model, (batch_size, size, size, 3))
+    return models.layer_report(model, jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32))
 
 
 def training_batches(config: Any, source: data.Source) -> data.Batches:
@@ -124,7 +141,7 @@ def training_batches(config: Any, source: data.Source) -> data.Batches:
 
 
 def make_evaluate(
-    task: Classification,
+    task: Evaluates,
     source: data.Source,
     meta: Mapping[str, Any],
     *,
@@ -133,7 +150,7 @@ def make_evaluate(
     num_workers: int = 0,
     on_corrupt: str = "stop",
 ) -> Callable[[Parameters], dict[str, float]]:
-    """Returns parameters -> accuracy on `source`; call it under a mesh. Batches are rounded up to fit the mesh."""
+    """Returns parameters -> the task's numbers on `source`; call it under a mesh, which batches are rounded up to."""
 
     def evaluate(params: Parameters) -> dict[str, float]:
         rows = jax.sharding.get_mesh().shape["data"]

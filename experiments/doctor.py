@@ -195,7 +195,14 @@ def describe_model(
         from gspn_jax import models
     except ImportError as missing:
         return [Finding(f"the models cannot be imported: {missing}. `make venv` installs what they need.")]
-    model = nnx.eval_shape(lambda: models.build(name, num_classes=1000, dtype=dtype, rngs=nnx.Rngs(0)))
+    is_generator = name in (*models.GENERATORS, *models.DITS)
+    build = models.build_dit if name in models.DITS else models.build_generator if is_generator else models.build
+    model = nnx.eval_shape(lambda: build(name, num_classes=1000, dtype=dtype, rngs=nnx.Rngs(0)))
+    inputs = [jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), "float32")]
+    if is_generator:  # latents have 1/8 of the image's side
+        latents = (batch_size, image_size // 8, image_size // 8, 4)
+        numbers = jax.ShapeDtypeStruct((batch_size,), "int32")
+        inputs = [jax.ShapeDtypeStruct(latents, "float32"), numbers, numbers]
     print(f"{name} with {batch_size} images of {image_size} x {image_size} in {dtype}:")
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.numpy_dtype_promotion("standard"))  # flax mixes float32 parameters with 16-bit maps
@@ -204,7 +211,7 @@ def describe_model(
 
             print(f"  as if on an {card.H200.name}:")
             stack.enter_context(card.assume(card.H200))
-        lines = models.layer_report(model, (batch_size, image_size, image_size, 3))
+        lines = models.layer_report(model, *inputs)
     print("\n".join(f"  {line}" for line in lines))
     return []
 

@@ -1,6 +1,7 @@
-"""Trains a classifier.
+"""Trains a classifier or a generator.
 
     python -m experiments.train --config=configs/classifier.py:digits --workdir=runs/digits
+    python -m experiments.train --config=configs/generator.py:digits --workdir=runs/digits_generator
 
 A run found in the workdir is continued. On several processes: the same command in each, found through the launcher's
 environment (SLURM, Open MPI, Cloud TPU) or with --coordinator_address, --num_processes and --process_id.
@@ -13,16 +14,16 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import classification, command_line
+from experiments import classification, command_line, generation
 from gspn_jax import data
-from gspn_jax.training import MixingOptions, Result, train
+from gspn_jax.training import Result, train
 
 
 def run(config: Any, workdir: str) -> Result:
     """Trains what a configuration says.
 
     Args:
-        config: as `configs/classifier.py` makes it.
+        config: as `configs/classifier.py` or `configs/generator.py` makes it.
         workdir: folder of checkpoints, metrics and events.
 
     Raises:
@@ -33,10 +34,11 @@ def run(config: Any, workdir: str) -> Result:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     classification.check_sizes(config)
     dataset = data.load(config.data.name, config.data.path or None)
-    meta = classification.describe(config, dataset)
+    family: Any = generation if is_generation(config) else classification
+    meta = family.describe(config, dataset)
     epoch = classification.steps_per_epoch(config, dataset.train)
     options = classification.train_options(config, epoch, workdir)
-    task = classification.make_task(meta, MixingOptions(**config.mixing.to_dict()))
+    task = family.make_training_task(meta, config)
     batches = classification.training_batches(config, dataset.train)
     try:
         return train(
@@ -44,7 +46,7 @@ def run(config: Any, workdir: str) -> Result:
             batches,
             options=options,
             optimizer=classification.optimizer_options(config, epoch, options.num_steps),
-            evaluate=classification.make_evaluate(
+            evaluate=family.make_evaluate(
                 task,
                 dataset.test,
                 meta,
@@ -54,12 +56,17 @@ def run(config: Any, workdir: str) -> Result:
                 on_corrupt=config.data.on_corrupt,
             ),
             meta=meta,
-            free_keys=classification.FREE_KEYS,
+            free_keys=family.FREE_KEYS,
             initial=classification.start_from(config.init_from, meta) if config.init_from else None,
-            report=classification.layer_lines(meta, config.batch_size // config.accumulate),
+            report=family.layer_lines(meta, config.batch_size // config.accumulate),
         )
     finally:
         batches.close()
+
+
+def is_generation(config: Any) -> bool:
+    """Whether the configuration says so; a classifier's says nothing."""
+    return config.get("task") == "generation"
 
 
 def define_flags() -> None:
@@ -73,7 +80,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"expected flags only, got {' '.join(argv)}")
     result = run(flags.FLAGS.config, flags.FLAGS.workdir)
     if jax.process_index() == 0:
-        print(*classification.accuracy_lines(result.evaluation), sep="\n")
+        lines = generation.lines_of if is_generation(flags.FLAGS.config) else classification.accuracy_lines
+        print(*lines(result.evaluation), sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 from gspn_jax.diffusion.gaussian import Denoiser, GaussianDiffusion, split_output
 from gspn_jax.diffusion.noise import SampleNoise
 
-Progress = Callable[[], None]  # called after each step
+Progress = Callable[[], object]  # called after each step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,12 +16,11 @@ def parameter_count(model: nnx.Module) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def layer_report(model: nnx.Module, image_shape: tuple[int, ...]) -> list[str]:
+def layer_report(model: nnx.Module, *inputs: jax.ShapeDtypeStruct) -> list[str]:
     """What each propagation layer runs: one line for layers in a row that agree in everything.
 
     Args:
-      model: called on images; nothing is computed, only traced.
-      image_shape: (B, H, W, 3).
+      model: called on `inputs`; nothing is computed, only traced.
 
     Returns:
       lines of the paths, the map, the reach of the scans, the implementation and why it was chosen.
@@ -30,7 +29,7 @@ def layer_report(model: nnx.Module, image_shape: tuple[int, ...]) -> list[str]:
     if not mixers:
         return ["no propagation layer"]
     with record_choices() as choices:
-        nnx.eval_shape(lambda module, images: module(images), model, jax.ShapeDtypeStruct(image_shape, "float32"))
+        nnx.eval_shape(lambda module, *inputs: module(*inputs), model, *inputs)
     # Layers run in the order of their paths, each with as many operations: 1, or 4 scans where maps are unturned.
     each = len(choices) // len(mixers)
     described = [

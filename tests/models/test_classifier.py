@@ -146,13 +146,15 @@ def test_global_response_norm_agrees_with_its_formula():
 
 
 def test_layer_report_names_every_layer():
-    lines = layer_report(nnx.eval_shape(lambda: build("gspn_t", num_classes=10, rngs=nnx.Rngs(0))), (1, 224, 224, 3))
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    small = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    lines = layer_report(nnx.eval_shape(lambda: build("gspn_t", num_classes=10, rngs=nnx.Rngs(0))), image)
     assert [line.split(":")[0] for line in lines] == [
         f"stages/{stage}/0/mixer to stages/{stage}/{last}/mixer" for stage, last in enumerate((1, 1, 6, 1))
     ]
     assert "propagate 56x56x144, chunk 2, aligned: xla" in lines[0] and "14x14x576, global" in lines[2]
-    assert layer_report(tiny(mixer="attention"), (1, 32, 32, 3)) == ["no propagation layer"]
-    assert "56x56x144" not in layer_report(tiny(alignment="unturned"), (1, 32, 32, 3))[0]
+    assert layer_report(tiny(mixer="attention"), small) == ["no propagation layer"]
+    assert "56x56x144" not in layer_report(tiny(alignment="unturned"), small)[0]
 
 
 @pytest.mark.parametrize("options,words", [

@@ -1,0 +1,85 @@
+"""Generation as `train` and `sample` see it: configurations to tasks, and what a run writes down about itself.
+
+The meta of a run is as in `experiments.classification`; "model" holds a name of `models.GENERATORS` or `models.DITS`,
+besides there are "objective" and "label_dropout".
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments import classification
+from gspn_jax import data, models
+from gspn_jax.diffusion import GaussianDiffusion, Interpolant
+from gspn_jax.diffusion.interpolants import PATHS
+from gspn_jax.training.generation import Generation, Objective
+
+FREE_KEYS = classification.FREE_KEYS
+OBJECTIVES = ("ddpm", *PATHS)
+
+
+def describe(config: Any, dataset: data.Dataset) -> dict[str, Any]:
+    """Returns what a run is, as JSON."""
+    values = config.to_dict()
+    options = {key: value for key, value in values["model"].items() if value is not None}
+    name = options.pop("name")
+    kept = ("name", "path", "image_size", "resize")
+    return {
+        "model": {"name": name, "options": options},
+        "objective": values["objective"],
+        "label_dropout": values["label_dropout"],
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "data": {key: values["data"][key] for key in kept},
+        "config": values,
+    }
+
+
+def model_builder(meta: Mapping[str, Any]) -> Callable[[nnx.Rngs], nnx.Module]:
+    """Returns NNX rngs -> the network that `meta` describes."""
+    name, options = meta["model"]["name"], classification.model_options(meta)
+    build = models.build_dit if name in models.DITS else models.build_generator
+    return lambda rngs: build(name, num_classes=meta["num_classes"], rngs=rngs, **options)
+
+
+def objective_of(name: str) -> Objective:
+    """Raises ValueError for an unknown name."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}; got {name!r}")
+    return GaussianDiffusion.linear() if name == "ddpm" else Interpolant(name)
+
+
+def make_task(meta: Mapping[str, Any]) -> Generation:
+    """Returns the task of training the network that `meta` describes, or of sampling from it."""
+    return Generation(
+        model_builder(meta),
+        num_classes=meta["num_classes"],
+        objective=objective_of(meta["objective"]),
+        label_dropout=meta["label_dropout"],
+    )
+
+
+def layer_lines(meta: Mapping[str, Any], batch_size: int) -> list[str]:
+    """Returns what each propagation of the network runs on, with so many images at a time."""
+    model = nnx.eval_shape(lambda: model_builder(meta)(nnx.Rngs(0)))
+    size = meta["data"]["image_size"]
+    maps = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return models.layer_report(model, maps, numbers, numbers)
+
+
+def lines_of(numbers: Mapping[str, float]) -> list[str]:
+    """Returns the last lines of a run: both losses on held-out images."""
+    lines = [f"parameters: loss {numbers['loss']:.4f}"]
+    return [*lines, f"moving average: loss {numbers['ema_loss']:.4f}"] if "ema_loss" in numbers else lines
+
+
+def make_training_task(meta: Mapping[str, Any], config: Any) -> Generation:
+    """Returns the task of a run."""
+    return make_task(meta)
+
+
+make_evaluate = classification.make_evaluate
