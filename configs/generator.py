@@ -9,9 +9,9 @@ digits   1,437 + 360 (8x8)    GSPN, 9 blocks of width 64, patch 1: 8x8 tokens
 cifar10  50,000 + 10,000      gspn_s2's skeleton in pixels: patch 2, 16x16 tokens, as on ImageNet
 
 What the presets need besides: cifar10 takes --config.data.path=cifar10.npz (arrays x_train, y_train, x_test, y_test).
-The digits preset is not tuned yet: its samples are not what a classifier recognises. Learning rates are those of a batch
-of 512 images and are scaled with the batch. Any value can be set on the command line: --config.objective=linear trains the same network as an interpolant, and
---config.model.name=dit_s2 a diffusion transformer.
+The digits preset is not tuned yet: its samples are not what a classifier recognises. Learning rates are those of a
+batch of 512 images and are scaled with the batch. Any value can be set on the command line: --config.objective=linear
+trains the same network as an interpolant, and --config.model.name=dit_s2 a diffusion transformer.
 """
 
 from collections.abc import Callable
