@@ -1,10 +1,11 @@
 """Finds the cheapest kernels of a propagation for each layer's map, and writes the table that the layers choose from.
 
-    python -m experiments.choose_paths
+    python -m experiments.choose_paths --replace
 
 On a card that the kernels run on it times each path; without one it takes the estimates by which tiles are ranked, plus
 the bytes that making the maps moves, and says so in the table. Either way the time to make maps in memory counts.
-Writes pallas_kernels/mosaic/paths.json; of fewer shapes, the rows of the others stay.
+Writes pallas_kernels/mosaic/paths.json; without --replace the rows of other shapes stay,
+and times of one kind do not enter a table of the other.
 """
 
 import argparse

@@ -9,14 +9,18 @@ import jax
 
 
 def commit() -> str:
-    """Short hash of the commit; "uncommitted" where files differ from it or there is none."""
+    """Short hash of the commit; "uncommitted" where files other than results differ from it or there is none."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return "uncommitted" if git("status", "--porcelain") else git("rev-parse", "--short", "HEAD")
+        return (
+            "uncommitted"
+            if git("status", "--porcelain", "--", ":/", ":(exclude,top)experiments/results")
+            else git("rev-parse", "--short", "HEAD")
+        )
     except (OSError, subprocess.CalledProcessError):
         return "uncommitted"
 

@@ -108,12 +108,6 @@ class GaussianDiffusion:
         """The x_0 that `noise` made x_t of."""
         return _at(1 / np.sqrt(self.alphas_bar), t, x_t) * x_t - _at(np.sqrt(1 / self.alphas_bar - 1), t, noise) * noise
 
-    def noise_of(self, x_t: jax.Array, t: jax.Array, x_start: jax.Array) -> jax.Array:
-        """The noise that made x_t of x_start."""
-        return (_at(1 / np.sqrt(self.alphas_bar), t, x_t) * x_t - x_start) / _at(
-            np.sqrt(1 / self.alphas_bar - 1), t, x_t
-        )
-
     def posterior(self, x_start: jax.Array, x_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of q(x_{t-1} | x_t, x_0)."""
         of_start, of_current = self.posterior_mean_of_start, self.posterior_mean_of_current

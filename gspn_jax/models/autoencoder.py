@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# What latents are multiplied with so that they have a variance of about 1: of Stable Diffusion's first autoencoders.
-SCALE = 0.18215
 _LOG_VARIANCES = -30.0, 20.0  # as far as they are believed
 
 

@@ -82,8 +82,7 @@ class Generation:
         place = functools.partial(place_batch, mesh=jax.sharding.get_mesh())
         total, count = 0.0, 0.0
         for number, batch in enumerate(batches):
-            arrays = place({name: value for name, value in batch.items() if name != "count"})
-            summed, images = self._losses(params, arrays, jnp.asarray(number))
+            summed, images = self._losses(params, place(batch), jnp.asarray(number))
             total, count = total + float(summed), count + float(images)
         if not count:
             raise ValueError("batches: expected at least one image, got none")

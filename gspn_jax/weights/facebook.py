@@ -1,7 +1,6 @@
 """Diffusion transformers as their authors' program, facebookresearch/DiT, holds them; SiT names them alike."""
 
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,22 +10,9 @@ from flax import nnx
 
 from gspn_jax.mixers import SoftmaxAttention
 from gspn_jax.models.dit import DiT, positions
-from gspn_jax.weights.torch_layouts import Row, filled, shape_of, unwrapped
+from gspn_jax.weights.torch_layouts import DENOISER_ENDS, Row, denoiser_sizes, filled, shape_of, unwrapped
 
 _POSITIONS = "pos_embed"  # fixed, and made anew for every size of map
-_ENDS = [
-    ("embed/kernel", "x_embedder.proj.weight", "patch"),
-    ("embed/bias", "x_embedder.proj.bias", "vector"),
-    ("conditioning/first/kernel", "t_embedder.mlp.0.weight", "linear"),
-    ("conditioning/first/bias", "t_embedder.mlp.0.bias", "vector"),
-    ("conditioning/second/kernel", "t_embedder.mlp.2.weight", "linear"),
-    ("conditioning/second/bias", "t_embedder.mlp.2.bias", "vector"),
-    ("conditioning/label/embedding", "y_embedder.embedding_table.weight", "table"),
-    ("head/modulation/kernel", "final_layer.adaLN_modulation.1.weight", "linear"),
-    ("head/modulation/bias", "final_layer.adaLN_modulation.1.bias", "vector"),
-    ("head/linear/kernel", "final_layer.linear.weight", "linear"),
-    ("head/linear/bias", "final_layer.linear.bias", "vector"),
-]
 _BLOCK = [
     ("modulation", "adaLN_modulation.1"),
     ("mixer/qkv", "attn.qkv"),
@@ -70,25 +56,12 @@ def facebook_dit_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: the parameters that tell them are missing.
     """
     arrays = unwrapped(arrays, wrappers=("ema", "model", "state_dict"))
-    blocks = [int(match[1]) for match in (re.match(r"blocks\.(\d+)\.", name) for name in arrays) if match]
-    if not blocks:
-        raise ValueError(f"arrays: expected parameters named blocks.<index>..., got {len(arrays)} other names")
-    embed = shape_of(arrays, "x_embedder.proj.weight")
-    if len(embed) != 4:
-        raise ValueError(f"arrays: expected x_embedder.proj.weight to have 4 axes, got shape {embed}")
-    width, in_channels, patch, _ = embed
-    return dict(
-        num_classes=shape_of(arrays, "y_embedder.embedding_table.weight")[0] - 1,  # the last is "no class"
-        width=width,
-        depth=1 + max(blocks),
-        patch=patch,
-        in_channels=in_channels,
-        mlp_ratio=shape_of(arrays, "blocks.0.mlp.fc1.weight")[0] / width,
-    )
+    sizes = denoiser_sizes(arrays, blocks="blocks")
+    return sizes | dict(mlp_ratio=shape_of(arrays, "blocks.0.mlp.fc1.weight")[0] / sizes["width"])
 
 
 def _rows(depth: int) -> Iterator[Row]:
-    for ours, theirs, layout in _ENDS:
+    for ours, theirs, layout in DENOISER_ENDS:
         yield tuple(ours.split("/")), theirs, layout
     for ours, theirs in _BLOCK:
         for leaf, suffix, layout in (("kernel", "weight", "linear"), ("bias", "bias", "vector")):

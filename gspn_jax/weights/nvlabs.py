@@ -12,7 +12,7 @@ from flax import nnx
 from gspn_jax.mixers import GSPNMixer
 from gspn_jax.models.classifier import Classifier
 from gspn_jax.models.generator import Generator
-from gspn_jax.weights.torch_layouts import Row, filled, shape_of, to_theirs, unwrapped
+from gspn_jax.weights.torch_layouts import DENOISER_ENDS, Row, denoiser_sizes, filled, shape_of, to_theirs, unwrapped
 
 # One row for each parameter of a mixer or block: our path in it, their name in it, and how theirs is laid out.
 _MIXER = [
@@ -57,19 +57,9 @@ _LONG_SKIP = [
     ("long_skip/bias", "skip_linear.bias", "vector"),
 ]
 _GENERATOR_ENDS = [
-    ("embed/kernel", "x_embedder.proj.weight", "patch"),
-    ("embed/bias", "x_embedder.proj.bias", "vector"),
-    ("conditioning/first/kernel", "t_embedder.mlp.0.weight", "linear"),
-    ("conditioning/first/bias", "t_embedder.mlp.0.bias", "vector"),
-    ("conditioning/second/kernel", "t_embedder.mlp.2.weight", "linear"),
-    ("conditioning/second/bias", "t_embedder.mlp.2.bias", "vector"),
-    ("conditioning/label/embedding", "y_embedder.embedding_table.weight", "table"),
+    *DENOISER_ENDS,
     ("norm/scale", "norm_f.weight", "vector"),
     ("norm/bias", "norm_f.bias", "vector"),
-    ("head/modulation/kernel", "final_layer.adaLN_modulation.1.weight", "linear"),
-    ("head/modulation/bias", "final_layer.adaLN_modulation.1.bias", "vector"),
-    ("head/linear/kernel", "final_layer.linear.weight", "linear"),
-    ("head/linear/bias", "final_layer.linear.bias", "vector"),
 ]
 # Theirs are 4-D where a 1x1 convolution or a GRN holds them; the way back makes them so again.
 _POINTWISE = re.compile(r"(x_conv_down|w_conv_up|l_conv_up|u_conv_up|d_conv|m_conv)\.weight$")
@@ -228,18 +218,5 @@ def nvlabs_generator_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: the parameters that tell them are missing.
     """
     arrays = unwrapped(arrays, wrappers=("ema", "model", "state_dict"))
-    blocks = [int(match[1]) for match in (re.match(r"in_blocks\.(\d+)\.", name) for name in arrays) if match]
-    if not blocks:
-        raise ValueError(f"arrays: expected parameters named in_blocks.<index>..., got {len(arrays)} other names")
-    embed = shape_of(arrays, "x_embedder.proj.weight")
-    if len(embed) != 4:
-        raise ValueError(f"arrays: expected x_embedder.proj.weight to have 4 axes, got shape {embed}")
-    width, in_channels, patch, _ = embed
-    return dict(
-        num_classes=shape_of(arrays, "y_embedder.embedding_table.weight")[0] - 1,  # the last is "no class"
-        width=width,
-        depth=2 * (1 + max(blocks)),
-        patch=patch,
-        in_channels=in_channels,
-        proxy_rank=shape_of(arrays, "mid_block.x_conv_down.weight")[0],
-    )
+    sizes = denoiser_sizes(arrays, blocks="in_blocks")
+    return sizes | dict(depth=2 * sizes["depth"], proxy_rank=shape_of(arrays, "mid_block.x_conv_down.weight")[0])

@@ -1,5 +1,6 @@
 """Parameters as PyTorch programs hold them: their layouts to ours, and back, and into a module."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,22 @@ from flax import nnx
 
 # Path of a parameter in our module; its name in their program, or the names of all that a stack holds; its layout.
 Row = tuple[tuple, str | Sequence[str], str]
+
+
+# Both ends of a denoiser of latents, as the programs of DiT and of GSPN's generators name them.
+DENOISER_ENDS = [
+    ("embed/kernel", "x_embedder.proj.weight", "patch"),
+    ("embed/bias", "x_embedder.proj.bias", "vector"),
+    ("conditioning/first/kernel", "t_embedder.mlp.0.weight", "linear"),
+    ("conditioning/first/bias", "t_embedder.mlp.0.bias", "vector"),
+    ("conditioning/second/kernel", "t_embedder.mlp.2.weight", "linear"),
+    ("conditioning/second/bias", "t_embedder.mlp.2.bias", "vector"),
+    ("conditioning/label/embedding", "y_embedder.embedding_table.weight", "table"),
+    ("head/modulation/kernel", "final_layer.adaLN_modulation.1.weight", "linear"),
+    ("head/modulation/bias", "final_layer.adaLN_modulation.1.bias", "vector"),
+    ("head/linear/kernel", "final_layer.linear.weight", "linear"),
+    ("head/linear/bias", "final_layer.linear.bias", "vector"),
+]
 
 
 def unwrapped(arrays: Mapping[str, Any], *, wrappers: Sequence[str] = ("model", "state_dict")) -> dict[str, Any]:
@@ -66,6 +83,28 @@ def shape_of(arrays: Mapping[str, Any], name: str) -> tuple[int, ...]:
     if name not in arrays:
         raise ValueError(f"arrays: expected a parameter {name}, which is missing; got {len(arrays)} other names")
     return np.shape(arrays[name])
+
+
+def denoiser_sizes(arrays: Mapping[str, Any], *, blocks: str) -> dict[str, Any]:
+    """num_classes, width, depth, patch and in_channels of a denoiser whose blocks are named `blocks`.<index>.
+
+    Raises:
+      ValueError: the parameters that tell them are missing.
+    """
+    found = [int(match[1]) for match in (re.match(rf"{blocks}\.(\d+)\.", name) for name in arrays) if match]
+    if not found:
+        raise ValueError(f"arrays: expected parameters named {blocks}.<index>..., got {len(arrays)} other names")
+    embed = shape_of(arrays, "x_embedder.proj.weight")
+    if len(embed) != 4:
+        raise ValueError(f"arrays: expected x_embedder.proj.weight to have 4 axes, got shape {embed}")
+    width, in_channels, patch, _ = embed
+    return dict(
+        num_classes=shape_of(arrays, "y_embedder.embedding_table.weight")[0] - 1,  # the last is "no class"
+        width=width,
+        depth=1 + max(found),
+        patch=patch,
+        in_channels=in_channels,
+    )
 
 
 def to_ours(array: np.ndarray, layout: str) -> np.ndarray:

@@ -88,7 +88,7 @@ class Case(NamedTuple):
             self.size != "one line" or (self.tile == "planned" and self.map == (1, 24)),
             self.size != "long" or self.map == (2, 9),
             self.tile != "single" or self.path == "low_rank_on_chip",
-            # As many threads, or a dtype that differs from another by its name, at little else.
+            # What costs most, and a dtype that differs from bfloat16 by its name alone, with little else.
             self.tile not in ("two", "single")
             or (self.size == "square" and self.map == (1, 8) and self.dtypes in ("float32", "wide x")),
             self.dtypes != "float16" or (self.tile == "planned" and self.size == "square"),

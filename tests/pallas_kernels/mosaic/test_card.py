@@ -83,8 +83,10 @@ def test_every_layer_of_every_preset_takes_the_kernels(monkeypatch, name, option
         return tuple(jnp.zeros(array.shape, array.dtype) for array in made)
 
     monkeypatch.setattr(primitives, "launch", launch)
-    # Blocks of a stage differ in little: two of each.
-    options |= dict(depths=tuple(min(depth, 2) for depth in models.MODELS[name]["depths"]), dtype="bfloat16")
+    # Of each stage the first block, and the eighth where it is local after seven that are global: all kinds there are.
+    preset = models.MODELS[name]
+    depths = (min(n, 8 if stage in preset["global_stages"] else 1) for stage, n in enumerate(preset["depths"]))
+    options |= dict(depths=tuple(depths), dtype="bfloat16")
     model = nnx.eval_shape(lambda: models.build(name, num_classes=10, rngs=nnx.Rngs(0), **options))
     mixers = [node for _, node in nnx.iter_graph(model) if isinstance(node, GSPNMixer)]
     size = 32 if name == "gspn_nano" else 224
