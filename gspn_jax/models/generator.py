@@ -181,6 +181,10 @@ class Generator(nnx.Module):
         x = self.norm(_add(residual, hidden, *drops(-1)))
         return layers.unpatched(self.head(x, condition), self.patch)
 
+    def layer_names(self) -> list[str]:
+        """Names of what is compiled, in order of execution: blocks in a row that differ in parameters alone are one."""
+        return [*_names("in_blocks", self.in_runs), "mid_block", *_names("out_blocks", self.out_runs)]
+
 
 def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, channels: int, patch: int) -> None:
     """Raises ValueError unless a denoiser of latents (B, H, W, channels) can take these."""
@@ -205,6 +209,11 @@ def _runs(build: Callable[..., Block], chunks: Sequence[int | None]) -> tuple[Ru
     """Chunks are static, so that a scan reaches as far as they stay the same. Parameters know nothing of it."""
     groups = [(chunk, len(list(group))) for chunk, group in itertools.groupby(chunks)]
     return tuple((graph_of(functools.partial(build, chunk=chunk)), length) for chunk, length in groups)
+
+
+def _names(stack: str, runs: Sequence[Run]) -> list[str]:
+    ends = list(itertools.accumulate(length for _, length in runs))
+    return [f"{stack} {end - length} to {end - 1}" for end, (_, length) in zip(ends, runs, strict=True)]
 
 
 def _run_blocks(

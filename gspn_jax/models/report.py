@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from gspn_jax.mixers import GSPNMixer
+from gspn_jax.models.generator import Generator
 from pallas_kernels import record_choices
 from pallas_kernels.dispatch import Choice
 
@@ -25,16 +26,16 @@ def layer_report(model: nnx.Module, *inputs: jax.ShapeDtypeStruct) -> list[str]:
     Returns:
       lines of the paths, the map, the reach of the scans, the implementation and why it was chosen.
     """
-    mixers = [("/".join(map(str, path)), node) for path, node in nnx.iter_graph(model) if isinstance(node, GSPNMixer)]
+    mixers = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, GSPNMixer)}
     if not mixers:
         return ["no propagation layer"]
     with record_choices() as choices:
         nnx.eval_shape(lambda module, *inputs: module(*inputs), model, *inputs)
-    # Layers run in the order of their paths, each with as many operations: 1, or 4 scans where maps are unturned.
-    each = len(choices) // len(mixers)
-    described = [
-        (_describe(mixer, choice), path) for (path, mixer), choice in zip(mixers, choices[::each], strict=True)
-    ]
+    # Layers run in the order of their names, each with as many operations: 1, or 4 scans where maps are unturned.
+    names = model.layer_names() if isinstance(model, Generator) else list(mixers)
+    alignment = next(iter(mixers.values())).alignment  # of a model, one
+    each = len(choices) // len(names)
+    described = [(_describe(alignment, choice), name) for name, choice in zip(names, choices[::each], strict=True)]
     lines = []
     for description, group in itertools.groupby(described, key=lambda pair: pair[0]):
         paths = [path for _, path in group]
@@ -42,10 +43,10 @@ def layer_report(model: nnx.Module, *inputs: jax.ShapeDtypeStruct) -> list[str]:
     return lines
 
 
-def _describe(mixer: GSPNMixer, choice: Choice) -> str:
+def _describe(alignment: str, choice: Choice) -> str:
     _, height, width, channels = choice.shape
-    reach = "global" if mixer.chunk is None else f"chunk {mixer.chunk}"
-    where = f"{height}x{width}x{channels}, {reach}, {mixer.alignment}"
+    reach = "global" if choice.chunk is None else f"chunk {choice.chunk}"
+    where = f"{height}x{width}x{channels}, {reach}, {alignment}"
     kernels = "" if choice.paths is None else f", {choice.paths}"
     reason = f" ({choice.reason})" if choice.reason else ""
     return f"{choice.operation} {where}: {choice.implementation}{kernels}{reason}"

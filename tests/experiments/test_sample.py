@@ -13,6 +13,7 @@ from experiments import generation, sample, train
 
 def tiny_config(**changes: Any) -> Any:
     config = generator.get_config("digits")
+    config.objective = "ddpm"
     options = {"mixer": "attention", "width": 8, "depth": 2, "patch": 4, "global_blocks": ()}
     config.model.update(options)
     config.update({"batch_size": 96, "steps": 3, "mesh": {"model": 8}, "intervals": {"log_steps": 1}})

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from gspn_jax.mixers import GSPNMixer
-from gspn_jax.models import GENERATORS, build_generator, layers, parameter_count
+from gspn_jax.models import GENERATORS, build_generator, layer_report, layers, parameter_count
 from gspn_jax.models.conditioning import AdaptiveHead, timestep_features
 from gspn_jax.models.generator import Block, Generator
 from gspn_jax.models.stack import stacked
@@ -165,6 +165,16 @@ def test_the_program_does_not_grow_with_depth():
         return len(jax.jit(jax.grad(loss)).lower(params).as_text().splitlines())
 
     assert lines(24) < 1.05 * lines(8)
+
+
+def test_layer_report_names_where_the_scan_is_cut():
+    model = nnx.eval_shape(lambda: build_generator("gspn_xl2", num_classes=10, rngs=nnx.Rngs(0)))
+    numbers = jax.ShapeDtypeStruct((2,), jnp.int32)
+    lines = layer_report(model, jax.ShapeDtypeStruct((2, 32, 64, 4), jnp.float32), numbers, numbers)
+    assert [line.split(": xla")[0] for line in lines] == [
+        "in_blocks 0 to 27 to out_blocks 0 to 25: propagate 16x32x1504, chunk 2, aligned",
+        "out_blocks 26 to 27: propagate 16x32x1504, global, aligned",
+    ]
 
 
 def test_every_parameter_gets_a_gradient():
