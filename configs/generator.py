@@ -3,17 +3,25 @@
     python -m experiments.train --config=configs/generator.py:PRESET --workdir=runs/PRESET
     python -m experiments.sample --workdir=runs/PRESET --output=samples.png
 
-preset   data                 model
--------  -------------------  ------------------------------------------------------------------
-digits   1,437 + 360 (8x8)    GSPN, 5 blocks of width 96, patch 2: 4x4 tokens; linear interpolant
-cifar10  50,000 + 10,000      gspn_s2's skeleton in pixels: patch 2, 16x16 tokens, as on ImageNet
+preset    data                            model
+--------  ------------------------------  --------------------------------------------------------------------------
+digits    1,437 + 360 (8x8)               GSPN, 5 blocks of width 96, patch 2: 4x4 tokens; linear interpolant
+cifar10   50,000 + 10,000 (32x32)         gspn_s2's skeleton in pixels: patch 2, 16x16 tokens, as on ImageNet
+gspn_b2   latents of ImageNet-1K at 256   GSPN-B/2; gspn_l2, gspn_xl2: GSPN-L/2, XL/2
+dit_b2    the same                        DiT-B/2; dit_l2, dit_xl2
+sit_b2    the same                        SiT-B/2, DiT's network as a linear interpolant; sit_l2, sit_xl2
 
-What the presets need besides: cifar10 takes --config.data.path=cifar10.npz (arrays x_train, y_train, x_test, y_test).
-Learning rates are those of a
-batch of 512 images and are scaled with the batch. Any value can be set on the command line: --config.objective=linear
-trains the same network as an interpolant, and --config.model.name=dit_s2 a diffusion transformer.
+What the presets need besides: cifar10 takes --config.data.path=cifar10.npz (arrays x_train, y_train, x_test, y_test),
+those of ImageNet --config.data.path=LATENTS, a folder that `python -m experiments.encode_latents` wrote. They train as
+DiT and SiT do, 80 epochs of batches of 256 being 400,000 steps; GSPN's stochastic depth is that of its authors.
+Learning rates are those of a batch of 512 images and are scaled with the batch: what the authors of GSPN ran, 1,024
+images at 1e-4, is --config.batch_size=1024 --config.optimizer.learning_rate=5e-5 --config.epochs=1500
+--config.optimizer.min_learning_rate=5e-7 --config.optimizer.warmup_epochs=5. Any value can be set on the command line:
+--config.objective=gvp trains the same network as another interpolant, --config.model.name=dit_s2 another network,
+--config.model.remat=True saves memory.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +60,6 @@ def _defaults() -> Any:
             "alignment": "aligned",
             "dtype": "bfloat16",  # of the computation; parameters are float32
             "remat": False,  # blocks are computed again in the backward pass
-            "in_channels": 3,
             # Where not set: as the model's name says.
             "width": placeholder(int),
             "depth": placeholder(int),
@@ -127,4 +134,19 @@ def _cifar10(config: Any) -> None:
     config.data.path = "cifar10.npz"
 
 
-PRESETS: dict[str, Callable[[Any], None]] = {"digits": _digits, "cifar10": _cifar10}
+def _imagenet(name: str, config: Any) -> None:
+    family, _, size = name.partition("_")
+    config.data.name = "latents"
+    config.data.image_size = 256
+    config.model.name = f"dit_{size}" if family == "sit" else name
+    if family == "sit":
+        config.objective = "linear"
+    if family == "gspn":
+        config.model.drop_path = 0.1
+
+
+PRESETS: dict[str, Callable[[Any], None]] = {"digits": _digits, "cifar10": _cifar10} | {
+    f"{family}_{size}": functools.partial(_imagenet, f"{family}_{size}")
+    for family in ("gspn", "dit", "sit")
+    for size in ("b2", "l2", "xl2")
+}

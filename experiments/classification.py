@@ -67,7 +67,9 @@ _UNSEEN = {
 
 
 def describe(config: Any, dataset: data.Dataset) -> dict[str, Any]:
-    """Returns what a run is, as JSON."""
+    """Returns what a run is, as JSON. ValueError for data that are no images."""
+    if dataset.latents is not None:
+        raise ValueError(f"data.name: expected images, which a classifier takes, got {dataset.name}")
     values = config.to_dict()
     options = {key: value for key, value in values["model"].items() if value is not None}
     name = options.pop("name")
@@ -124,7 +126,7 @@ def layer_lines(meta: Mapping[str, Any], batch_size: int) -> list[str]:
     return models.layer_report(model, jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32))
 
 
-def training_batches(config: Any, source: data.Source) -> data.Batches:
+def training_batches(config: Any, source: data.Source | data.Latents) -> data.Batches:
     """Returns the training batches of this process."""
     return data.training_batches(
         source,
@@ -142,7 +144,7 @@ def training_batches(config: Any, source: data.Source) -> data.Batches:
 
 def make_evaluate(
     task: Evaluates,
-    source: data.Source,
+    source: data.Source | data.Latents,
     meta: Mapping[str, Any],
     *,
     batch_size: int,
@@ -176,7 +178,7 @@ def make_evaluate(
     return evaluate
 
 
-def steps_per_epoch(config: Any, source: data.Source) -> int:
+def steps_per_epoch(config: Any, source: data.Source | data.Latents) -> int:
     """Returns the optimiser steps that see about as many images as there are."""
     return max(1, len(source) // max(1, config.batch_size))
 

@@ -1,7 +1,8 @@
 """Generation as `train` and `sample` see it: configurations to tasks, and what a run writes down about itself.
 
-The meta of a run is as in `experiments.classification`; "model" holds a name of `models.GENERATORS` or `models.DITS`,
-besides there are "objective" and "label_dropout".
+The meta of a run is as in `experiments.classification`; "model" holds a name of `models.GENERATORS` or `models.DITS`.
+Besides there are "objective", "label_dropout" and "input", what the network denoises: {"shape": [H, W, C]} of pixels;
+of latents also their "scale" and the SHA-256 of the "autoencoder" that made them.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ def describe(config: Any, dataset: data.Dataset) -> dict[str, Any]:
         "model": {"name": name, "options": options},
         "objective": values["objective"],
         "label_dropout": values["label_dropout"],
+        "input": input_of(dataset.latents, values["data"]["image_size"]),
         "num_classes": dataset.num_classes,
         "class_names": list(dataset.class_names),
         "data": {key: values["data"][key] for key in kept},
@@ -38,9 +40,19 @@ def describe(config: Any, dataset: data.Dataset) -> dict[str, Any]:
     }
 
 
+def input_of(latents: data.LatentSpace | None, image_size: int) -> dict[str, Any]:
+    """Returns the "input" of a run on latents, or, None, on pixels."""
+    if latents is None:
+        return {"shape": [image_size, image_size, 3]}
+    return {"shape": list(latents.shape), "scale": latents.scale, "autoencoder": latents.autoencoder}
+
+
 def model_builder(meta: Mapping[str, Any]) -> Callable[[nnx.Rngs], nnx.Module]:
-    """Returns NNX rngs -> the network that `meta` describes."""
+    """Returns NNX rngs -> the network that `meta` describes; ValueError for other channels than the data's."""
     name, options = meta["model"]["name"], classification.model_options(meta)
+    channels = meta["input"]["shape"][-1]
+    if options.setdefault("in_channels", channels) != channels:
+        raise ValueError(f"model.in_channels: expected {channels}, as the data have, got {options['in_channels']}")
     build = models.build_dit if name in models.DITS else models.build_generator
     return lambda rngs: build(name, num_classes=meta["num_classes"], rngs=rngs, **options)
 
@@ -59,14 +71,14 @@ def make_task(meta: Mapping[str, Any]) -> Generation:
         num_classes=meta["num_classes"],
         objective=objective_of(meta["objective"]),
         label_dropout=meta["label_dropout"],
+        latent_scale=meta["input"].get("scale", 1.0),
     )
 
 
 def layer_lines(meta: Mapping[str, Any], batch_size: int) -> list[str]:
     """Returns what each propagation of the network runs on, with so many images at a time."""
     model = nnx.eval_shape(lambda: model_builder(meta)(nnx.Rngs(0)))
-    size = meta["data"]["image_size"]
-    maps = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
+    maps = jax.ShapeDtypeStruct((batch_size, *meta["input"]["shape"]), jnp.float32)
     numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return models.layer_report(model, maps, numbers, numbers)
 

@@ -1,12 +1,16 @@
-"""Samples images of a trained generator.
+"""Samples images of a trained or converted generator.
 
     python -m experiments.sample --workdir=runs/digits_generator --output=samples.png
     python -m experiments.sample --workdir=... --classes=3,7 --count=64 --guidance=1.5 --sampler=ddim --steps=50
+    python -m experiments.sample --workdir=runs/gspn_xl2 --autoencoder=vae.safetensors --count=50000 --npz=samples.npz
 
-Writes a grid as PNG and, with --npz, all images as `arr_0` uint8 (N, H, W, 3) and their labels as `arr_1`. An image
-depends on the seed and its number alone, not on the batch that it is drawn in.
+Writes a grid as PNG and, with --npz, all images as `arr_0` uint8 (N, H, W, 3) and their labels as `arr_1`, as the
+reference evaluator of FID takes them, and beside it samples.json: how they were made. Batches are kept in a folder
+until all are there: the same command goes on where it was interrupted, and several processes share the work. An image
+depends on the seed and its number alone, not on the batch, the process or the device that it is drawn in.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -15,119 +19,251 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from PIL import Image
 from tqdm import tqdm
 
-from experiments import command_line, generation
+from experiments import command_line, generation, image_batches
+from experiments.encode_latents import load_autoencoder
 from experiments.show_batch import contact_sheet
 from gspn_jax.diffusion import Interpolant, SampleNoise, guided, interpolant_samplers, samplers
 from gspn_jax.training import load_parameters
 from gspn_jax.training.generation import Generation
+from gspn_jax.training.sharding import local_mesh, place_batch, place_tree
 from gspn_jax.training.state import Parameters
 
 NOISE_SAMPLERS = ("ddpm", "ddim", "euler", "dpm_solver")  # of objective "ddpm"
 VELOCITY_SAMPLERS = ("heun", "euler", "sde")  # of interpolants
 SHOWN = 100  # images of a grid
+DECODED = 8  # latents that a device decodes at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Attributes:
+    sampler: "" for "ddpm", or of interpolants "heun".
+    num_steps: 0 for 250, or 25 of Heun's method.
+    guidance: scale of classifier-free guidance; 1 for none.
+    interval: times, as the network is told them, between which guidance acts; None for always.
+    guided_channels: how many of the first channels are guided; None for all.
+    seed: of the noise.
+    """
+
+    sampler: str = ""
+    num_steps: int = 0
+    guidance: float = 1.0
+    interval: tuple[float, float] | None = None
+    guided_channels: int | None = None
+    seed: int = 0
+
+    def of(self, task: Generation) -> "Sampling":
+        """What it comes to for a task. ValueError for a sampler that the objective has not."""
+        is_velocity = isinstance(task.objective, Interpolant)
+        known = VELOCITY_SAMPLERS if is_velocity else NOISE_SAMPLERS
+        sampler = self.sampler or known[0]
+        if sampler not in known:
+            raise ValueError(f"sampler: expected one of {', '.join(known)}; got {sampler!r}")
+        if self.num_steps < 0:
+            raise ValueError(f"steps: expected at least 1, or 0 for the sampler's own, got {self.num_steps}")
+        return dataclasses.replace(
+            self, sampler=sampler, num_steps=self.num_steps or (25 if sampler == "heun" else 250)
+        )
 
 
 def draw(
     task: Generation,
     params: Parameters,
     labels: jax.Array,
-    noise: SampleNoise,
+    samples: jax.Array,
+    sampling: Sampling,
     *,
     shape: tuple[int, ...],
-    sampler: str,
-    num_steps: int,
-    guidance: float = 1.0,
-    interval: tuple[float, float] | None = None,
+    clip: float | None = None,
     progress: samplers.Progress | None = None,
 ) -> jax.Array:
-    """Samples of the labels (B,), (B, *shape) float32. Traceable.
-
-    Raises:
-        ValueError: a sampler that the objective has not.
-    """
-    known = VELOCITY_SAMPLERS if isinstance(task.objective, Interpolant) else NOISE_SAMPLERS
-    if sampler not in known:
-        raise ValueError(f"sampler: expected one of {', '.join(known)}; got {sampler!r}")
-    denoiser = guided(
-        functools.partial(task.denoise, params), labels, scale=guidance, no_class=task.num_classes, interval=interval
-    )
-    start = noise.draw(0, shape)
-    if isinstance(task.objective, Interpolant):
-        if sampler == "sde":
-            options: Any = dict(interpolant=task.objective, progress=progress)
-            return interpolant_samplers.sde(denoiser, start, num_steps, noise, **options)
-        run = interpolant_samplers.heun if sampler == "heun" else interpolant_samplers.euler
-        return run(denoiser, start, num_steps, progress=progress)
-    if sampler == "ddpm":
-        return samplers.ddpm(denoiser, start, task.objective.respaced(num_steps), noise, progress=progress)
-    run = {"ddim": samplers.ddim, "euler": samplers.euler, "dpm_solver": samplers.dpm_solver}[sampler]
-    return run(denoiser, start, samplers.steps(task.objective, num_steps), progress=progress)
-
-
-def run(
-    workdir: str,
-    *,
-    classes: Sequence[int] = (),
-    count: int = SHOWN,
-    sampler: str = "",
-    num_steps: int = 0,
-    guidance: float = 1.0,
-    interval: tuple[float, float] | None = None,
-    seed: int = 0,
-    batch_size: int = 100,
-    step: int | None = None,
-    ema: bool = True,
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Images uint8 (count, H, W, 3), their labels (count,), and the names of all classes.
+    """Draws samples with these labels and numbers, (B,) each: (B, *shape) float32, on the network's scale. Traceable.
 
     Args:
-        workdir: of a run of generation.
+        clip: bound of what ancestral sampling and DDIM believe of the data.
+    """
+    how, noise = sampling.of(task), SampleNoise(sampling.seed, samples)
+    denoiser = guided(
+        functools.partial(task.denoise, params), labels, scale=how.guidance, no_class=task.num_classes,
+        interval=how.interval, channels=how.guided_channels,
+    )  # fmt: skip
+    start = noise.draw(0, shape)
+    if isinstance(task.objective, Interpolant):
+        if how.sampler == "sde":
+            options: Any = dict(interpolant=task.objective, progress=progress)
+            return interpolant_samplers.sde(denoiser, start, how.num_steps, noise, **options)
+        run = interpolant_samplers.heun if how.sampler == "heun" else interpolant_samplers.euler
+        return run(denoiser, start, how.num_steps, progress=progress)
+    if how.sampler == "ddpm":
+        process = task.objective.respaced(how.num_steps)
+        return samplers.ddpm(denoiser, start, process, noise, clip=clip, progress=progress)
+    visited = samplers.steps(task.objective, how.num_steps)
+    if how.sampler == "ddim":
+        return samplers.ddim(denoiser, start, visited, clip=clip, progress=progress)
+    run = samplers.euler if how.sampler == "euler" else samplers.dpm_solver
+    return run(denoiser, start, visited, progress=progress)
+
+
+class Generator:
+    """A generator of a workdir, ready to draw: numbers of samples to images, on the devices of this process.
+
+    Args:
+        workdir: of a run, or of converted parameters.
+        sampling: how.
         classes: labels that take turns; all by default.
-        sampler: by default "ddpm", or "heun" of an interpolant.
-        num_steps: by default 250, or 25 of Heun's method.
+        image_size: (H, W) of the images; by default as in training.
+        autoencoder: safetensors file, where the network denoises latents.
+        norm_groups: of the autoencoder's norms.
+        step, ema: which parameters.
 
     Raises:
         ValueError, OSError, CheckpointError: in one line, what is wrong.
     """
-    params, meta = load_parameters(workdir, step, ema=ema)
-    if "objective" not in meta:
-        raise ValueError(f"workdir: expected a run of generation, got one of another task: {workdir}")
-    task = generation.make_task(meta)
-    number = meta["num_classes"]
-    if not all(0 <= label < number for label in classes):
-        raise ValueError(f"classes: expected labels in 0..{number - 1}, got {tuple(classes)}")
+
+    def __init__(
+        self,
+        workdir: str,
+        sampling: Sampling = Sampling(),
+        *,
+        classes: Sequence[int] = (),
+        image_size: tuple[int, int] | None = None,
+        autoencoder: str = "",
+        norm_groups: int = 32,
+        step: int | None = None,
+        ema: bool = True,
+    ):
+        params, meta = load_parameters(workdir, step, ema=ema)
+        if "objective" not in meta:
+            raise ValueError(f"workdir: expected a run of generation, got one of another task: {workdir}")
+        self.task = generation.make_task(meta)
+        self.sampling = sampling.of(self.task)
+        self.class_names, number = meta["class_names"], meta["num_classes"]
+        if not all(0 <= label < number for label in classes):
+            raise ValueError(f"classes: expected labels in 0..{number - 1}, got {tuple(classes)}")
+        self._turns = np.asarray(classes or range(number), np.int32)
+        space, side = meta["input"], meta["data"]["image_size"]
+        height, width = image_size or (side, side)
+        self._mesh = local_mesh()
+        everywhere = NamedSharding(self._mesh, P())
+        self._decode, digest = None, None
+        if "scale" in space:
+            if not autoencoder:
+                raise ValueError("autoencoder: expected a safetensors file, since this network draws latents; got none")
+            model, digest = load_autoencoder(autoencoder, norm_groups=norm_groups)
+            graph, state = nnx.split(model)
+            factor = model.factor
+            decode = jax.jit(lambda state, latents: _pixels(nnx.merge(graph, state).decode(latents / space["scale"])))
+            self._decode = functools.partial(decode, jax.device_put(state, everywhere))
+        else:
+            factor = 1
+        if height < factor or width < factor or height % factor or width % factor:
+            raise ValueError(f"image_size: expected multiples of {factor}, got {height}, {width}")
+        self.shape = (height, width, 3)
+        self._drawn = (height // factor, width // factor, space["shape"][-1])
+        self._params = place_tree(params, jax.tree.map(lambda _: everywhere, params))
+        self._compiled = jax.jit(self._draw)
+        self.bar: tqdm | None = None
+        self.settings: dict[str, Any] = {
+            "workdir": str(workdir),
+            "step": meta["step"],
+            "ema": meta["ema"],
+            "model": meta["model"],
+            "objective": meta["objective"],
+            **dataclasses.asdict(self.sampling),
+            "classes": self._turns.tolist(),
+            "image_size": [height, width],
+            "autoencoder": digest,
+        }
+
+    def labels(self, samples: np.ndarray) -> np.ndarray:
+        """The label of each sample, int32."""
+        return self._turns[samples % len(self._turns)]
+
+    def images(self, samples: np.ndarray) -> np.ndarray:
+        """Images uint8 (B, H, W, 3) of the samples with these numbers (B,)."""
+        rows = -(-len(samples) // self._mesh.size) * self._mesh.size
+        padded = np.pad(samples, (0, rows - len(samples)), mode="edge")
+        with jax.set_mesh(self._mesh):
+            batch = place_batch({"labels": self.labels(padded), "samples": padded.astype(np.int32)}, self._mesh)
+            drawn = np.asarray(self._compiled(self._params, batch["labels"], batch["samples"]))
+            if self._decode is not None:
+                drawn = self._decoded(drawn)
+        return drawn[: len(samples)]
+
+    def _draw(self, params: Parameters, labels: jax.Array, samples: jax.Array) -> jax.Array:
+        is_pixels = self._decode is None
+        x = draw(
+            self.task, params, labels, samples, self.sampling, shape=self._drawn, clip=1.0 if is_pixels else None,
+            progress=self._advance,
+        )  # fmt: skip
+        return _pixels(x) if is_pixels else x
+
+    def _decoded(self, latents: np.ndarray) -> np.ndarray:
+        assert self._decode is not None
+        size, images = DECODED * self._mesh.size, []
+        for start in range(0, len(latents), size):
+            part = latents[start : start + size]
+            part = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])  # of one shape: compiled once
+            images.append(np.asarray(self._decode(place_batch({"latents": part}, self._mesh)["latents"])))
+        return np.concatenate(images)[: len(latents)]
+
+    def _advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+
+def _pixels(images: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def run(generator: Generator, *, count: int = SHOWN, batch_size: int = 100, npz: str = "") -> np.ndarray:
+    """Draws samples 0 to count - 1; returns the first images, SHOWN at most.
+
+    Args:
+        npz: file for all of them and their labels; what is missing of it is drawn. Without one nothing is kept.
+
+    Raises:
+        ValueError: a file, or batches for it, of other settings.
+    """
     for name, value in (("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    is_velocity = isinstance(task.objective, Interpolant)
-    sampler = sampler or ("heun" if is_velocity else "ddpm")
-    num_steps = num_steps or (25 if sampler == "heun" else 250)
-    side = meta["data"]["image_size"]
-    turns = np.asarray(classes or range(number), np.int32)
-    labels = turns[np.arange(count) % len(turns)]
-    batches = range(0, count, batch_size)
-    with tqdm(total=len(batches) * num_steps, unit="step", disable=jax.process_index() != 0) as bar:
+    shown = min(count, SHOWN)
+    if not npz:
+        starts = range(0, shown, batch_size)
+        parts = _drawn(generator, [_numbers(start, batch_size, shown) for start in starts], batch_size)
+        return np.concatenate([images for _, images in parts])
+    store = image_batches.Store(npz, generator.settings | {"count": count, "batch_size": batch_size})
+    if not store.is_complete():
+        missing = [_numbers(start, batch_size, count) for start in store.missing(range(0, count, batch_size))]
+        for numbers, images in _drawn(generator, missing, batch_size):
+            store.write(int(numbers[0]), images, generator.labels(numbers))
+        store.assemble(range(0, count, batch_size), generator.shape)
+    return store.first(shown)
 
-        @jax.jit
-        def images_of(params: Parameters, labels: jax.Array, samples: jax.Array) -> jax.Array:
-            x = draw(
-                task, params, labels, SampleNoise(seed, samples), shape=(side, side, 3), sampler=sampler,
-                num_steps=num_steps, guidance=guidance, interval=interval, progress=bar.update,
-            )  # fmt: skip
-            return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
-        drawn = []
-        for start in batches:
-            samples = np.minimum(np.arange(start, start + batch_size), count - 1)  # of one shape, to compile once
-            drawn.append(np.asarray(images_of(params, jnp.asarray(labels[samples]), jnp.asarray(samples))))
+def _numbers(start: int, batch_size: int, count: int) -> np.ndarray:
+    return np.arange(start, min(start + batch_size, count))
+
+
+def _drawn(generator: Generator, batches: Sequence[np.ndarray], batch_size: int):
+    """(numbers, images) of each batch, with a progress bar of all steps."""
+    with tqdm(total=len(batches) * generator.sampling.num_steps, unit="step", disable=not batches) as generator.bar:
+        for numbers in batches:
+            whole = np.pad(numbers, (0, batch_size - len(numbers)), mode="edge")  # of one shape: compiled once
+            yield numbers, generator.images(whole)[: len(numbers)]
         jax.effects_barrier()
-    return np.concatenate(drawn)[:count], labels, meta["class_names"]
+    generator.bar = None
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run, or of converted parameters.", required=True)
     flags.DEFINE_string("output", "samples.png", "The grid to write.")
     flags.DEFINE_string("npz", "", "File for all images and labels.")
     flags.DEFINE_list("classes", [], "Labels that take turns; by default all.")
@@ -136,8 +272,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 0, "Of the sampler; 0: 250, or 25 of Heun's method.")
     flags.DEFINE_float("guidance", 1.0, "Scale of classifier-free guidance; 1 for none.")
     flags.DEFINE_list("interval", [], "FROM,TO: times between which guidance acts; by default always.")
+    flags.DEFINE_integer("guided_channels", None, "Guides the first channels alone; 3 as DiT's program does.")
+    flags.DEFINE_list("image_size", [], "SIDE or HEIGHT,WIDTH in pixels; by default as in training.")
+    flags.DEFINE_string("autoencoder", "", "Safetensors file of the autoencoder that decodes latents.")
+    flags.DEFINE_integer("norm_groups", 32, "Groups of its norms.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of the noise.")
-    flags.DEFINE_integer("batch_size", 100, "Images at a time.")
+    flags.DEFINE_integer("batch_size", 100, "Images at a time, on the devices of a process.")
     flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
     flags.DEFINE_bool("ema", True, "The moving average of the parameters.")
 
@@ -148,23 +288,33 @@ def main(argv: Sequence[str]) -> None:
     chosen = flags.FLAGS
     if len(chosen.interval) not in (0, 2):
         raise ValueError(f"interval: expected FROM,TO, got {','.join(chosen.interval)}")
-    images, labels, names = run(
-        chosen.workdir,
-        classes=[int(label) for label in chosen.classes],
-        count=chosen.count,
+    if len(chosen.image_size) > 2:
+        raise ValueError(f"image_size: expected SIDE or HEIGHT,WIDTH, got {','.join(chosen.image_size)}")
+    size = [int(side) for side in chosen.image_size]
+    sampling = Sampling(
         sampler=chosen.sampler,
         num_steps=chosen.steps,
         guidance=chosen.guidance,
         interval=(float(chosen.interval[0]), float(chosen.interval[1])) if chosen.interval else None,
+        guided_channels=chosen.guided_channels,
         seed=chosen.seed,
-        batch_size=chosen.batch_size,
+    )
+    generator = Generator(
+        chosen.workdir,
+        sampling,
+        classes=[int(label) for label in chosen.classes],
+        image_size=(size[0], size[-1]) if size else None,
+        autoencoder=chosen.autoencoder,
+        norm_groups=chosen.norm_groups,
         step=chosen.step,
         ema=chosen.ema,
     )
-    contact_sheet(images[:SHOWN], [names[label] for label in labels[:SHOWN]]).save(chosen.output)
-    if chosen.npz:
-        np.savez(chosen.npz, images, labels)
-    print(f"{chosen.output}: {min(len(images), SHOWN)} of {len(images)} images")
+    images = run(generator, count=chosen.count, batch_size=chosen.batch_size, npz=chosen.npz)
+    if jax.process_index() == 0:
+        names = [generator.class_names[label] for label in generator.labels(np.arange(len(images)))]
+        sheet: Image.Image = contact_sheet(images, names)
+        sheet.save(chosen.output)
+        print(f"{chosen.output}: {len(images)} images" + (f"; {chosen.npz}: {chosen.count}" if chosen.npz else ""))
 
 
 if __name__ == "__main__":

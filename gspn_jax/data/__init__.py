@@ -4,7 +4,7 @@ from gspn_jax.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from gspn_jax.data.decoding import CorruptImage
 from gspn_jax.data.pipeline import Batches, EvaluationBatches, evaluation_batches, training_batches
 from gspn_jax.data.sources import SOURCES, load
-from gspn_jax.data.sources.protocol import ArraySource, Dataset, EncodedSource, Source
+from gspn_jax.data.sources.protocol import ArraySource, Dataset, EncodedSource, Latents, LatentSpace, Source
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -17,6 +17,8 @@ __all__ = [
     "Dataset",
     "EncodedSource",
     "EvaluationBatches",
+    "LatentSpace",
+    "Latents",
     "Source",
     "evaluation_batches",
     "load",

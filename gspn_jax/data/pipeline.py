@@ -17,8 +17,9 @@ import numpy as np
 from absl import flags
 
 from gspn_jax.data.augmentation import Augmentation
+from gspn_jax.data.latent_loading import LatentEvaluationLoader, LatentTrainingLoader
 from gspn_jax.data.loading import EvaluationLoader, OnCorrupt, TrainingLoader
-from gspn_jax.data.sources.protocol import Source
+from gspn_jax.data.sources.protocol import Latents, Source
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
 class Batches:
     """An endless iterator over this process's training batches; see `training_batches`."""
 
-    def __init__(self, load: TrainingLoader, readers: _Readers):
+    def __init__(self, load: TrainingLoader | LatentTrainingLoader, readers: _Readers):
         self._load = load
         self._readers = readers
         self._position = 0
@@ -141,7 +142,7 @@ class Batches:
 
 
 def training_batches(
-    source: Source,
+    source: Source | Latents,
     *,
     batch_size: int,
     image_size: int | tuple[int, int],
@@ -173,14 +174,17 @@ def training_batches(
 
     Returns:
         An iterator of {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,), "replaced": int, how many images of the
-        batch were corrupt}; its `state()` and `restore()` go with a checkpoint.
+        batch were corrupt}; its `state()` and `restore()` go with a checkpoint. Of latents "mean" and "log_variance",
+        (B/P, h, w, c) each, stand in the place of "image".
 
     Raises:
         ValueError: an argument out of range, or an empty source.
     """
     readers = _Readers(batch_size, process_index, process_count, num_threads, num_workers)
-    load = TrainingLoader(source, _size(image_size), on_corrupt, augmentation or Augmentation(), seed)
-    return Batches(load, readers)
+    size, augmentation = _size(image_size), augmentation or Augmentation()
+    if isinstance(source, Latents):
+        return Batches(LatentTrainingLoader(source, size, augmentation, seed), readers)
+    return Batches(TrainingLoader(source, size, on_corrupt, augmentation, seed), readers)
 
 
 class EvaluationBatches:
@@ -190,7 +194,7 @@ class EvaluationBatches:
         dropped: corrupt images that were masked out so far, in this process.
     """
 
-    def __init__(self, load: EvaluationLoader, readers: _Readers):
+    def __init__(self, load: EvaluationLoader | LatentEvaluationLoader, readers: _Readers):
         self._batches = -(-len(load.source) // readers.batch_size)
         samples = grain.MapDataset.range(self._batches * readers.batch_size)
         self._iterator: grain.DatasetIterator | None = readers.iterate(samples, load)
@@ -225,7 +229,7 @@ class EvaluationBatches:
 
 
 def evaluation_batches(
-    source: Source,
+    source: Source | Latents,
     *,
     batch_size: int,
     image_size: int | tuple[int, int],
@@ -253,7 +257,8 @@ def evaluation_batches(
 
     Returns:
         An iterator of {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,), "mask": bool (B/P,)}, with the same
-        number of batches, its `len`, in every process.
+        number of batches, its `len`, in every process. Of latents "mean" and "log_variance" stand in the place of
+        "image".
 
     Raises:
         ValueError: an argument out of range, or an empty source.
@@ -262,6 +267,8 @@ def evaluation_batches(
     size = _size(image_size)
     if resize is not None and resize < min(size):
         raise ValueError(f"resize: expected at least the image size {min(size)}, got {resize}")
+    if isinstance(source, Latents):
+        return EvaluationBatches(LatentEvaluationLoader(source, size), readers)
     return EvaluationBatches(EvaluationLoader(source, size, on_corrupt, resize), readers)
 
 

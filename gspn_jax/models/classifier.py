@@ -183,5 +183,9 @@ class Classifier(nnx.Module):
         Returns:
           logits, (B, num_classes) float32.
         """
+        return self.head(self.features(images, key=key))
+
+    def features(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """What the head sees, (B, last width) float32: the mean of the last map. Arguments as of a call."""
         x = self.norm(self.stage_maps(images, key=key)[-1])
-        return self.head(jnp.mean(x.astype(self.head.param_dtype), axis=(1, 2)))
+        return jnp.mean(x.astype(self.head.param_dtype), axis=(1, 2))

@@ -49,6 +49,12 @@ def make_mesh(options: MeshOptions) -> Mesh:
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def local_mesh() -> Mesh:
+    """Returns a mesh with the same axes over the devices of this process alone, all along `data`."""
+    grid = np.array(jax.local_devices()).reshape(-1, 1)
+    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
 def leaf_spec(shape: tuple[int, ...], mesh: Mesh, *, fsdp: bool = False, small: int = SMALL) -> P:
     """Returns how a leaf is cut: `model` on its last dividing axis, with `fsdp` also `data` on the last one left.
 

@@ -1,56 +1,113 @@
 """Train a generator of a few thousand parameters, and sample from it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from configs import generator
-from experiments import generation, sample, train
+from experiments import generation, image_batches, sample, train
+from experiments.sample import Generator, Sampling
 
 
 def tiny_config(**changes: Any) -> Any:
     config = generator.get_config("digits")
-    config.objective = "ddpm"
     options = {"mixer": "attention", "width": 8, "depth": 2, "patch": 4, "global_blocks": ()}
     config.model.update(options)
-    config.update({"batch_size": 96, "steps": 3, "mesh": {"model": 8}, "intervals": {"log_steps": 1}})
+    config.update({"objective": "ddpm", "batch_size": 96, "steps": 3})
+    config.update({"mesh": {"model": 8}, "intervals": {"log_steps": 1}})
     config.update(changes)
     return config
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("generator") / "run"
     numbers = train.run(tiny_config(), str(folder)).evaluation
     assert numbers["images"] == 360 and 0 < numbers["loss"] < 5
     assert generation.lines_of(numbers)[0].startswith("parameters: loss ")
-    return folder
+    return str(folder)
 
 
-def test_an_image_depends_on_its_number_alone(workdir: Path):
-    options: Any = dict(count=5, classes=[3, 7], num_steps=4, guidance=2.0, interval=(0, 500))
-    whole, labels, names = sample.run(str(workdir), batch_size=5, **options)
-    parts, _, _ = sample.run(str(workdir), batch_size=2, **options)
-    assert whole.shape == (5, 8, 8, 3) and whole.dtype == np.uint8 and names[3] == "3"
-    np.testing.assert_array_equal(labels, [3, 7, 3, 7, 3])
+def test_an_image_depends_on_its_number_alone(workdir: str):
+    how = Sampling(num_steps=4, guidance=2.0, interval=(0, 500))
+    one = Generator(workdir, how, classes=[3, 7])
+    whole = sample.run(one, count=5, batch_size=5)
+    assert whole.shape == (5, 8, 8, 3) and whole.dtype == np.uint8 and one.class_names[3] == "3"
+    np.testing.assert_array_equal(one.labels(np.arange(5)), [3, 7, 3, 7, 3])
+    parts = sample.run(one, count=5, batch_size=2)
     assert np.abs(whole.astype(int) - parts).max() <= 1  # rounded
-    other, _, _ = sample.run(str(workdir), batch_size=5, seed=1, **options)
+    other = sample.run(Generator(workdir, Sampling(num_steps=4, seed=1)), count=5)
     assert np.abs(whole.astype(int) - other).max() > 10
-    sheet = sample.contact_sheet(whole, [names[label] for label in labels])
-    assert isinstance(sheet, Image.Image)
+
+
+def test_maps_of_other_sizes(workdir: str):
+    images = sample.run(Generator(workdir, Sampling("ddim", 2), image_size=(4, 12)), count=2)
+    assert images.shape == (2, 4, 12, 3) and images.std() > 10
+
+
+def test_a_file_goes_on_where_it_was_interrupted(workdir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    how = Sampling("dpm_solver", 2)
+    whole = sample.run(Generator(workdir, how), count=7)
+    npz = str(tmp_path / "samples.npz")
+    draw = Generator.images
+
+    def interrupted(self: Generator, samples: np.ndarray) -> np.ndarray:
+        if 4 in samples:
+            raise KeyboardInterrupt
+        return draw(self, samples)
+
+    monkeypatch.setattr(Generator, "images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample.run(Generator(workdir, how), count=7, batch_size=2, npz=npz)
+    assert not Path(npz).exists() and len(list((tmp_path / "samples.parts").glob("*.npz"))) == 2
+    drawn = []
+    monkeypatch.setattr(Generator, "images", lambda self, samples: drawn.append(samples[0]) or draw(self, samples))
+    shown = sample.run(Generator(workdir, how), count=7, batch_size=2, npz=npz)
+    assert drawn == [4, 6] and not (tmp_path / "samples.parts").exists()
+    with np.load(npz) as file:
+        np.testing.assert_array_equal(file["arr_0"], shown)
+        np.testing.assert_array_equal(file["arr_1"], np.arange(7))
+    assert np.abs(shown.astype(int) - whole).max() <= 1
+    settings = json.loads((tmp_path / "samples.json").read_text())
+    assert settings["sampler"] == "dpm_solver" and settings["count"] == 7 and settings["autoencoder"] is None
+    np.testing.assert_array_equal(sample.run(Generator(workdir, how), count=7, batch_size=2, npz=npz), shown)
+    assert drawn == [4, 6]  # it is complete
+    with pytest.raises(ValueError, match=r"npz: .* holds images of other settings.*: seed \(there 0\)"):
+        sample.run(Generator(workdir, Sampling("dpm_solver", 2, seed=1)), count=7, batch_size=2, npz=npz)
+
+
+def test_images_of_a_file_come_in_blocks(tmp_path: Path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 2, 3, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images)
+    blocks = list(image_batches.image_blocks(str(tmp_path / "a.npz"), 2))
+    assert [len(block) for block in blocks] == [2, 2, 1] and image_batches.image_count(str(tmp_path / "a.npz")) == 5
+    np.testing.assert_array_equal(np.concatenate(blocks), images)
+    np.savez(tmp_path / "b.npz", images.astype(np.float32))
+    for name in ("b.npz", "c.npz"):
+        with pytest.raises(ValueError, match=r"images: expected an .npz file with arr_0 uint8 \(N, H, W, 3\), got"):
+            list(image_batches.image_blocks(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("options,words", [
     (dict(classes=[10]), r"classes: expected labels in 0\.\.9, got \(10,\)"),
-    (dict(count=0), "count: expected at least 1"),
-    (dict(sampler="heun"), "sampler: expected one of ddpm, ddim, euler, dpm_solver; got 'heun'"),
+    (dict(sampling=Sampling("heun")), "sampler: expected one of ddpm, ddim, euler, dpm_solver; got 'heun'"),
+    (dict(sampling=Sampling(num_steps=-1)), "steps: expected at least 1"),
+    (dict(image_size=(0, 8)), "image_size: expected multiples of 1, got 0, 8"),
 ])  # fmt: skip
-def test_bad_arguments(workdir: Path, options: dict[str, Any], words: str):
+def test_bad_arguments(workdir: str, options: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
-        sample.run(str(workdir), **{"count": 2, "num_steps": 2, **options})
+        Generator(workdir, **options)
+
+
+def test_bad_counts_and_names(workdir: str):
+    one = Generator(workdir, Sampling(num_steps=1))
+    with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
+        sample.run(one, count=0)
+    with pytest.raises(ValueError, match="npz: expected a name that ends in .npz, got samples"):
+        sample.run(one, npz="samples")
 
 
 def test_unknown_objective(tmp_path: Path):

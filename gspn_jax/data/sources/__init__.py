@@ -8,6 +8,7 @@ from gspn_jax.data.sources.arrays import digits, npz
 from gspn_jax.data.sources.fake import fake
 from gspn_jax.data.sources.fashion_mnist import fashion_mnist
 from gspn_jax.data.sources.image_folder import image_folder
+from gspn_jax.data.sources.latents import latents
 from gspn_jax.data.sources.protocol import Dataset
 from gspn_jax.data.sources.tfds import tfds
 
@@ -16,6 +17,7 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "fake": fake,
     "fashion_mnist": fashion_mnist,
     "image_folder": image_folder,
+    "latents": latents,
     "npz": npz,
     "tfds": tfds,
 }
@@ -26,8 +28,8 @@ def load(name: str, path: str | None = None, **options: Any) -> Dataset:
 
     Args:
         name: one of SOURCES.
-        path: where it is: a file for "npz", a folder for "image_folder", "tfds" and (optional) "fashion_mnist",
-            None or "" for "digits" and "fake".
+        path: where it is: a file for "npz", a folder for "image_folder", "latents", "tfds" and (optional)
+            "fashion_mnist", None or "" for "digits" and "fake".
         options: what the source's own function takes besides.
 
     Raises:

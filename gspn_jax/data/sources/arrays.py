@@ -53,7 +53,7 @@ def npz(
         if not labels.size or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"{path}: y_train: expected integers, got {labels.dtype} {labels.shape}")
         num_classes = int(labels.max()) + 1
-    splits = {
+    splits: dict[str, Any] = {
         split: ArraySource(
             arrays[f"x_{split}"], arrays[f"y_{split}"], name=f"{path}, split {split}", num_classes=num_classes
         )

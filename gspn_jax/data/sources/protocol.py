@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,15 +34,56 @@ class EncodedSource(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class Latents(Protocol):
+    """Latents of images with labels, by index.
+
+    Attributes:
+        shape: (H, W, C) of them.
+        image_size: side of the images.
+        copies: 2 where mirror images are there too, else 1.
+    """
+
+    shape: tuple[int, int, int]
+    image_size: int
+    copies: int
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def latents(self, index: int, copy: int = 0, /) -> tuple[np.ndarray, np.ndarray, int]:
+        """(mean, log variance, label), of the image or, copy 1, of its mirror image."""
+        ...
+
+    def describe(self, index: int, /) -> str:
+        """Path or index of the sample, for messages."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSpace:
+    """Attributes:
+    shape: (H, W, C) of the latents of an image.
+    scale: what a network multiplies them with.
+    autoencoder: SHA-256 of the file of parameters that made them; "" where it is not known.
+    """
+
+    shape: tuple[int, int, int]
+    scale: float
+    autoencoder: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A training and a held-out source with the same classes."""
+    """A training and a held-out `Source` with the same classes; `Latents` where `latents` says of what kind."""
 
     name: str
     num_classes: int
     class_names: tuple[str, ...]
-    train: Source
-    test: Source
+    train: Any
+    test: Any
+    latents: LatentSpace | None = None
 
 
 class ArraySource:

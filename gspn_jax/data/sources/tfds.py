@@ -78,7 +78,7 @@ def tfds(
             got = {name: splits[name].num_examples for name in splits}
             raise ValueError(f"{path}: expected a split {split!r} with samples, got {got}")
     label = features[label_key]
-    sources = {
+    sources: dict[str, Any] = {
         role: TfdsSource(
             _records(builder, split),
             name=f"{path}, split {split}",

@@ -1,0 +1,115 @@
+"""Records of latents, and batches of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from gspn_jax import data
+from gspn_jax.data.sources.latents import LatentRecord, shard_files
+
+SHAPE = (2, 3, 4)
+COUNTS = {"train": 5, "test": 2}
+
+
+def moments(index: int) -> np.ndarray:
+    """Of image `index` and its mirror image: whole numbers, which float16 holds exactly."""
+    return (
+        np.arange(48, dtype=np.float32).reshape(1, 2, *SHAPE) + 100 * index + np.array([0, 1000]).reshape(2, 1, 1, 1, 1)
+    )
+
+
+def write(folder: Path, *, copies: int = 2) -> str:
+    manifest = {
+        "shape": SHAPE, "dtype": "float16", "copies": copies, "class_names": ["ant", "bee", "cow"], "image_size": 24,
+        "scale": 0.5, "autoencoder": {"sha256": "abc"}, "shards": {"train": 3, "test": 1},
+    }  # fmt: skip
+    layout = LatentRecord(SHAPE, "float16", copies)
+    for split, count in COUNTS.items():
+        (folder / split).mkdir()
+        files = shard_files(folder, split, manifest["shards"][split])
+        for file, indices in zip(files, np.array_split(np.arange(count), len(files)), strict=True):
+            writer = ArrayRecordWriter(str(file), "group_size:1")
+            for index in indices:
+                writer.write(layout.packed(moments(int(index))[:copies], int(index) % 3))
+            writer.close()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
+
+
+def test_images_keep_their_order_over_shards(tmp_path: Path):
+    dataset = data.load("latents", write(tmp_path))
+    assert dataset.class_names == ("ant", "bee", "cow") and len(dataset.train) == 5 and len(dataset.test) == 2
+    assert dataset.latents == data.LatentSpace(SHAPE, 0.5, "abc")
+    for index in range(5):
+        for copy in range(2):
+            mean, log_variance, label = dataset.train.latents(index, copy)
+            np.testing.assert_array_equal([mean, log_variance], moments(index)[copy])
+            assert label == index % 3
+
+
+def test_training_batches_mirror_half_of_the_images(tmp_path: Path):
+    source = data.load("latents", write(tmp_path)).train
+    options: Any = dict(batch_size=4, image_size=24, num_threads=0)
+    batches = data.training_batches(source, augmentation=data.Augmentation(flip=True), **options)
+    mirrored = []
+    for _ in range(50):
+        batch = next(batches)
+        assert batch["mean"].shape == batch["log_variance"].shape == (4, *SHAPE) and batch["replaced"] == 0
+        index, copy = np.divmod(batch["mean"][:, 0, 0, 0], 100)[0] % 10, batch["mean"][:, 0, 0, 0] >= 1000
+        np.testing.assert_array_equal(batch["label"], index % 3)
+        for row in range(4):
+            np.testing.assert_array_equal(batch["log_variance"][row], moments(int(index[row]))[int(copy[row]), 1])
+        mirrored += list(copy)
+    assert 0.4 < np.mean(mirrored) < 0.6
+    plain = next(data.training_batches(source, **options))
+    assert np.all(plain["mean"] < 1000)
+    state, after = batches.state(), next(batches)
+    batches.restore(state)
+    np.testing.assert_array_equal(next(batches)["mean"], after["mean"])
+
+
+def test_evaluation_batches_are_masked(tmp_path: Path):
+    source = data.load("latents", write(tmp_path)).train
+    batches = list(data.evaluation_batches(source, batch_size=3, image_size=24))
+    np.testing.assert_array_equal([batch["mask"] for batch in batches], [[True] * 3, [True, True, False]])
+    np.testing.assert_array_equal(
+        np.concatenate([b["mean"] for b in batches])[:5], [moments(n)[0, 0] for n in range(5)]
+    )
+
+
+@pytest.mark.parametrize("augmentation,size,words", [
+    (dict(flip=True), 24, "augmentation.flip: expected False, since these latents were encoded without mirror images"),
+    (dict(crop="padded"), 24, "augmentation: expected none but flip, as latents allow"),
+    ({}, 32, r"image_size: expected 24, as the latents were made of, got \(32, 32\)"),
+])  # fmt: skip
+def test_what_latents_cannot_give(tmp_path: Path, augmentation: dict[str, Any], size: int, words: str):
+    source = data.load("latents", write(tmp_path, copies=1)).train
+    with pytest.raises(ValueError, match=words):
+        data.training_batches(source, batch_size=2, image_size=size, augmentation=data.Augmentation(**augmentation))
+
+
+def test_missing_shards_and_manifests(tmp_path: Path):
+    with pytest.raises(ValueError, match="path: expected a folder of latents, got None"):
+        data.load("latents")
+    with pytest.raises(ValueError, match=r"path: expected a folder of latents with manifest.json, got "):
+        data.load("latents", str(tmp_path))
+    write(tmp_path)
+    shard_files(tmp_path, "train", 3)[1].unlink()
+    with pytest.raises(ValueError, match=r"3 shards of split train, but 1 are missing, such as .*00001-of-00003"):
+        data.load("latents", str(tmp_path))
+
+
+def test_records_of_another_form():
+    layout = LatentRecord(SHAPE, "float16")
+    with pytest.raises(ValueError, match="moments: expected finite float16"):
+        layout.packed(np.full((1, 2, *SHAPE), 1e6), 0)
+    with pytest.raises(ValueError, match="moments: expected finite float16"):
+        layout.packed(moments(0), 0)
+    with pytest.raises(ValueError, match="record: expected 100 bytes, got 3"):
+        layout.unpacked(b"abc")
+    with pytest.raises(ValueError, match="dtype: expected float16 or float32, got 'bfloat16'"):
+        LatentRecord(SHAPE, "bfloat16")
