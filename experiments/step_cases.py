@@ -1,5 +1,6 @@
 """The train steps that `step_report` compiles: models, and how their propagation is computed."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -7,16 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from configs import classifier
-from experiments import classification, deviceless
+from configs import classifier, generator
+from experiments import classification, deviceless, generation
 from gspn_jax import data, models
 from gspn_jax.training import MixingOptions, OptimizerOptions, TrainOptions
-from gspn_jax.training.functional import Functional
 from gspn_jax.training.loop import Task
 from gspn_jax.training.optimizer import make_optimizer
-from gspn_jax.training.state import Parameters, initial_state
+from gspn_jax.training.state import initial_state
 from gspn_jax.training.step import make_step
 
 STEPS = 1000  # of the run that the step belongs to: a number in the schedule, nothing depends on it
@@ -47,6 +46,7 @@ class Model(NamedTuple):
 
     batch_size: int
     setting: Callable[[Variant, bool, int], Setting]
+    propagates: bool = True  # else variants of propagation are nothing to it
 
 
 def classifier_setting(preset: str, size: int, variant: Variant, remat: bool, batch_size: int) -> Setting:
@@ -65,37 +65,32 @@ def classifier_setting(preset: str, size: int, variant: Variant, remat: bool, ba
     )
 
 
-class Denoising:
-    """A generator with the mean squared error of its noise: about the memory and work of a diffusion objective."""
-
-    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module], channels: int):
-        self._module, self._channels = Functional(build), channels
-        self.init = self._module.init
-
-    def loss(
-        self, params: Parameters, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """As `training.step.Loss`; batch: "latents" and "noise" (B, H, W, channels), "timestep" and "label" (B,)."""
-        output = self._module.apply(params, batch["latents"], batch["timestep"], batch["label"], key=key)
-        return jnp.mean(jnp.square(output[..., : self._channels] - batch["noise"])), {}
-
-
-def generator_setting(name: str, size: int, variant: Variant, remat: bool, batch_size: int) -> Setting:
-    """A preset of `models.GENERATORS` with 1,000 classes, on latents of `size` x `size` x 4, in bfloat16."""
-
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        options: Any = dict(dtype=jnp.dtype("bfloat16"), remat=remat, **variant.options)
-        return models.build_generator(name, num_classes=1000, rngs=rngs, **options)
-
-    latents = jax.ShapeDtypeStruct((batch_size, size, size, 4), jnp.float32)
-    numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    batch = {"latents": latents, "noise": latents, "timestep": numbers, "label": numbers}
-    return Setting(Denoising(build, channels=4), OptimizerOptions(), batch)
+def generator_setting(preset: str, variant: Variant, remat: bool, batch_size: int) -> Setting:
+    """A preset of configs/generator.py with 1,000 classes, on latents of 256 pixels a side, in bfloat16."""
+    config: Any = generator.get_config(preset)
+    config.batch_size, config.model.remat, config.model.dtype = batch_size, remat, "bfloat16"
+    side = config.data.image_size // 8
+    latents = data.LatentSpace((side, side, 4), 0.18215, autoencoder="")
+    dataset = dataclasses.replace(data.load("fake", None), latents=latents)
+    meta: Any = generation.describe(config, dataset) | {"num_classes": 1000}
+    if config.model.name in models.GENERATORS:
+        meta["model"]["options"] |= variant.options
+    moments = jax.ShapeDtypeStruct((batch_size, *latents.shape), jnp.float32)
+    return Setting(
+        task=generation.make_task(meta),
+        optimizer=classification.optimizer_options(config, STEPS // config.epochs, STEPS),
+        batch={
+            "mean": moments,
+            "log_variance": moments,
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        },
+    )
 
 
 MODELS = {
     "gspn_t": Model(128, functools.partial(classifier_setting, "gspn_t", 224)),
-    "gspn_xl2": Model(32, functools.partial(generator_setting, "gspn_xl2", 32)),
+    "gspn_xl2": Model(32, functools.partial(generator_setting, "gspn_xl2")),
+    "dit_xl2": Model(32, functools.partial(generator_setting, "dit_xl2"), propagates=False),
 }
 VARIANTS = {
     "xla": Variant("xla"),

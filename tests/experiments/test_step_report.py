@@ -15,6 +15,17 @@ compiles = pytest.mark.skipif(deviceless.missing() is not None, reason=str(devic
 def test_blocks_that_keep_no_states_are_compiled_as_they_are():
     of_one = [str(case) for case in step_report.cases("gspn_xl2 low_rank")]
     assert of_one == ["gspn_xl2 low_rank kept", "gspn_xl2 low_rank remat", "gspn_xl2 low_rank_h_again kept"]
+    assert list(map(str, step_report.cases("dit_xl2"))) == ["dit_xl2 xla kept", "dit_xl2 xla remat"]
+
+
+@pytest.mark.parametrize("name", ["gspn_xl2", "dit_xl2"])
+def test_generators_learn_a_variance(name):
+    setting = step_report.MODELS[name].setting(Variant("xla"), True, 2)
+    params = jax.eval_shape(setting.task.init, jax.random.key(0))
+    with jax.numpy_dtype_promotion("standard"):  # flax's layers mix dtypes
+        loss, parts = jax.eval_shape(setting.task.loss, params, setting.batch, jax.random.key(0))
+    assert loss.shape == () and set(parts) == {"mse", "vb"} and setting.batch["mean"].shape == (2, 32, 32, 4)
+    assert setting.optimizer.learning_rate == 2e-4 and setting.optimizer.clip == 1
 
 
 def test_what_does_not_compile_is_a_row_and_other_steps_stay(monkeypatch, tmp_path):
