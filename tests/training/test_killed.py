@@ -47,6 +47,19 @@ def test_kill_at_random_moments_and_resume(whole: tuple[Outcome, list[dict]], tm
     assert without_speed(read_rows(workdir)) == whole[1]
 
 
+def test_a_generator_that_is_killed(tmp_path: Path):
+    """SIGKILL while stepping and while saving: bit-equal in the end, times and noise and dropped labels included."""
+    arguments = {"num_steps": 12, "generates": True}
+    whole = Started({"workdir": str(tmp_path / "whole"), **arguments}, tmp_path).wait()
+    workdir = str(tmp_path / "run")
+    for death in ({"kill_save": (5, 0.01)}, {"batches": {"kill_at": 9, "pause": 0.3}}):  # time to save step 5
+        outcome = Started({"workdir": workdir, **arguments, **death}, tmp_path).wait()
+        assert outcome.code == -signal.SIGKILL, outcome.err
+    last = Started({"workdir": workdir, **arguments}, tmp_path).wait()
+    assert "resuming at step" in last.out and last.result == whole.result and "ema_loss" in last.result
+    assert without_speed(read_rows(workdir)) == without_speed(read_rows(tmp_path / "whole"))
+
+
 def test_kill_from_outside_at_random_times(whole: tuple[Outcome, list[dict]], tmp_path: Path):
     rng = random.Random(1)
     workdir = tmp_path / "run"

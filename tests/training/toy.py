@@ -1,4 +1,4 @@
-"""A run small enough to be killed often: a two-layer classifier on coloured noise, and a command that trains it.
+"""A run small enough to be killed often: a two-layer classifier or a generator of coloured noise, and its command.
 
     python -m tests.training.toy '{"workdir": "/tmp/run", "num_steps": 20, ...}'
 
@@ -20,9 +20,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from gspn_jax.diffusion import GaussianDiffusion
 from gspn_jax.training import Classification, MeshOptions, MixingOptions, OptimizerOptions, Preempted, TrainOptions
 from gspn_jax.training.checkpoint import Checkpoints
 from gspn_jax.training.distributed import initialise
+from gspn_jax.training.generation import Generation
 from gspn_jax.training.loop import train
 
 CLASSES, SIZE, BATCH = 6, 4, 16
@@ -41,6 +43,19 @@ class Toy(nnx.Module):
         if key is not None:
             hidden = hidden + self.noise * jax.random.normal(key, hidden.shape)
         return self.head(hidden)
+
+
+class ToyDenoiser(nnx.Module):
+    """Pixels, time and label to noise and variance by the same layers; noise on the hidden layer again."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        pixels = SIZE * SIZE * 3
+        self.label = nnx.Embed(CLASSES + 1, pixels, rngs=rngs)
+        self.toy = Toy(rngs, num_classes=2 * pixels)
+
+    def __call__(self, x: jax.Array, time: jax.Array, label: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        scale = 1 + 1e-3 * time.astype(x.dtype).reshape(-1, 1, 1, 1)
+        return self.toy(x * scale + self.label(label).reshape(x.shape), key=key).reshape(*x.shape[:3], 6)
 
 
 class ToyBatches:
@@ -88,8 +103,13 @@ def toy_task(mixing: MixingOptions | None = None, num_classes: int = CLASSES, **
     )
 
 
-def toy_evaluate(task: Classification, count: int = 40) -> Any:
-    """Parameters -> accuracy on `count` held-out images, in padded batches of BATCH."""
+def toy_generation() -> Generation:
+    objective = GaussianDiffusion.linear()
+    return Generation(ToyDenoiser, num_classes=CLASSES, objective=objective)
+
+
+def toy_evaluate(task: Classification | Generation, count: int = 40) -> Any:
+    """Parameters -> the task's numbers on `count` held-out images, in padded batches of BATCH."""
     images, labels = samples(2**31, count)
 
     def batches():
@@ -108,6 +128,7 @@ def toy_train(
     *,
     num_steps: int = 20,
     mixing: bool = True,
+    generates: bool = False,
     config: dict[str, Any] | None = None,
     mesh: dict[str, Any] | None = None,
     batches: dict[str, Any] | None = None,
@@ -118,7 +139,7 @@ def toy_train(
 ):
     """Trains the toy; options as in TrainOptions, `batches` as in ToyBatches."""
     how = MixingOptions(mixup=0.8, cutmix=1.0, label_smoothing=0.1) if mixing else None
-    task = toy_task(how, width=width, noise=noise)
+    task = toy_generation() if generates else toy_task(how, width=width, noise=noise)
     axes: dict[str, Any] = mesh or {"data": 1, "model": jax.device_count()}
     return train(
         task,
