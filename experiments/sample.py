@@ -12,6 +12,7 @@ depends on the seed and its number alone, not on the batch, the process or the d
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -173,6 +174,7 @@ class Generator:
             "workdir": str(workdir),
             "step": meta["step"],
             "ema": meta["ema"],
+            "parameters": _digest(params),
             "model": meta["model"],
             "objective": meta["objective"],
             **dataclasses.asdict(self.sampling),
@@ -216,6 +218,14 @@ class Generator:
     def _advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
+
+
+def _digest(params: Parameters) -> str:
+    """SHA-256 of all parameters, so that images of other ones are told apart."""
+    total = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        total.update(np.ascontiguousarray(leaf))
+    return total.hexdigest()
 
 
 def _pixels(images: jax.Array) -> jax.Array:
