@@ -10,8 +10,6 @@ requirements-gpu-compile.txt and no GPU; three to six minutes a step. No column 
 import csv
 import datetime
 import pathlib
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -101,7 +99,7 @@ def run(listed: Sequence[Case], out: str, batch_size: int = 0) -> list[Row]:
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)  # before the minutes that compilation takes
     about = {
-        "command": f"python -m experiments.step_report {shlex.join(sys.argv[1:])}",
+        "command": 'python -m experiments.step_report; a row alone with --only="STEP"',
         "compiled for": f"{deviceless.DEVICE_KIND}, with jax {jax.__version__}",
         "note": NOTE,
     }
