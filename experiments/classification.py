@@ -104,7 +104,9 @@ def model_options(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_task(meta: Mapping[str, Any], mixing: MixingOptions | None = None) -> Classification:
-    """Returns the task of training or evaluating the classifier that `meta` describes."""
+    """Returns the task of training or evaluating the classifier that `meta` describes; ValueError if it is none."""
+    if "objective" in meta:
+        raise ValueError("workdir: expected a run of classification, got one of generation")
     return Classification(
         model_builder(meta),
         num_classes=meta["num_classes"],

@@ -15,6 +15,7 @@ from gspn_jax.training import CheckpointError, NonFinite, Preempted
 from gspn_jax.training.distributed import initialise
 
 FLAGS = flags.FLAGS
+INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 TERMINATED = 143  # what a shell reports for a process that SIGTERM ended
 # What a user can cause: wrong values, missing files, a full disk, a learning rate that is too high.
 _MISTAKES = (ValueError, OSError, CheckpointError, NonFinite)
@@ -60,6 +61,9 @@ def _guarded(main: Callable[[Sequence[str]], object], argv: list[str]) -> None:
     try:
         initialise(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
         main(argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(TERMINATED)
@@ -78,6 +82,14 @@ def _quieten() -> None:
     getLogger("asyncio").setLevel(CRITICAL)
     threading.excepthook = lambda _: None
     sys.unraisablehook = lambda _: None  # tensorstore calling back into an event loop that has ended
+
+
+def integers(name: str, words: Sequence[str]) -> tuple[int, ...]:
+    """The numbers of a flag; ValueError, which names it, for words that are none."""
+    try:
+        return tuple(int(word) for word in words)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected integers, got {','.join(words)}") from error
 
 
 def fail(error: BaseException) -> NoReturn:

@@ -1,4 +1,4 @@
-"""A safetensors file of a published network as a workdir, which `evaluate`, `predict`, `sample` and `init_from` take.
+"""A safetensors file of a published network as a workdir, as a run would leave one.
 
     python -m experiments.convert --source=gspn_t.safetensors --workdir=runs/gspn_t_released
     python -m experiments.evaluate --workdir=runs/gspn_t_released --data_path=ROOT
@@ -111,6 +111,8 @@ def generator(
         ValueError, OSError, CheckpointError: in one line, what is wrong.
     """
     generation.objective_of(objective)
+    if image_size % LATENT_FACTOR:
+        raise ValueError(f"image_size: expected a multiple of {LATENT_FACTOR}, got {image_size}")
     arrays = read_safetensors(source)
     if _kind(arrays) == "dit":
         sizes = facebook_dit_sizes(arrays)
@@ -124,6 +126,8 @@ def generator(
         name, options = "gspn_xl2", sizes | chosen
     count, channels = options.pop("num_classes"), options["in_channels"]
     side = image_size // LATENT_FACTOR
+    if side % options["patch"]:
+        raise ValueError(f"image_size: expected a multiple of {LATENT_FACTOR * options['patch']}, got {image_size}")
     space = data.LatentSpace((side, side, channels), LATENT_SCALE, autoencoder="")
     meta = {
         "model": {"name": name, "options": options},  # every size of the preset is replaced
@@ -152,7 +156,7 @@ def read_safetensors(path: str, argument: str = "source") -> dict[str, Any]:
         )
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{argument}: expected a safetensors file, got {path}: {error}") from error
 
 
@@ -215,7 +219,7 @@ def main(argv: Sequence[str]) -> None:
         count = classifier(
             chosen.source,
             chosen.workdir,
-            global_stages=tuple(int(stage) for stage in chosen.global_stages),
+            global_stages=command_line.integers("global_stages", chosen.global_stages),
             image_size=chosen.image_size or 224,
             resize=chosen.resize,
             **shared,
@@ -225,7 +229,7 @@ def main(argv: Sequence[str]) -> None:
             chosen.source,
             chosen.workdir,
             objective=chosen.objective,
-            global_blocks=tuple(int(block) for block in chosen.global_blocks),
+            global_blocks=command_line.integers("global_blocks", chosen.global_blocks),
             num_heads=chosen.num_heads,
             image_size=chosen.image_size or 256,
             **shared,

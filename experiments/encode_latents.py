@@ -13,6 +13,7 @@ interrupted. Several processes, each with the same command, share the shards.
 
 import functools
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,10 +58,11 @@ class _Part:
 
 def load_autoencoder(path: str, *, norm_groups: int = 32, dtype: str = "float32") -> tuple[Autoencoder, str]:
     """The autoencoder of a safetensors file, and the file's SHA-256."""
-    model = diffusers_autoencoder(
-        read_safetensors(path, "autoencoder"), norm_groups=norm_groups, dtype=jnp.dtype(dtype)
-    )
-    return model, sha256(path)
+    arrays = read_safetensors(path, "autoencoder")
+    try:
+        return diffusers_autoencoder(arrays, norm_groups=norm_groups, dtype=jnp.dtype(dtype)), sha256(path)
+    except ValueError as error:
+        raise ValueError(f"autoencoder: {path}: {error}") from error
 
 
 def run(
@@ -105,6 +107,8 @@ def run(
     for argument, value in (("batch_size", batch_size), ("images_per_shard", images_per_shard)):
         if value < 1:
             raise ValueError(f"{argument}: expected at least 1, got {value}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: expected a positive number, got {scale}")
     model, digest = load_autoencoder(autoencoder, norm_groups=norm_groups, dtype=dtype)
     if image_size < 1 or image_size % model.factor:
         raise ValueError(f"image_size: expected a multiple of {model.factor}, got {image_size}")
@@ -119,6 +123,9 @@ def run(
         "data": name,
         "dtype": stored,
         "image_size": image_size,
+        "images_per_shard": images_per_shard,
+        "norm_groups": norm_groups,
+        "on_corrupt": on_corrupt,
         "images": {split: len(source) for split, source in sources.items()},
         "scale": scale,
         "shape": list(layout.shape),
@@ -157,6 +164,8 @@ def run(
 
 def _claim(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, or checks that the one that is there is the same."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: expected a folder, got a file: {folder}")
     if (folder / MANIFEST).exists():
         there = read_manifest(folder)
         other = sorted(key for key in manifest if there.get(key) != manifest[key])

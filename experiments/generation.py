@@ -50,6 +50,9 @@ def input_of(latents: data.LatentSpace | None, image_size: int) -> dict[str, Any
 def model_builder(meta: Mapping[str, Any]) -> Callable[[nnx.Rngs], nnx.Module]:
     """Returns NNX rngs -> the network that `meta` describes; ValueError for other channels than the data's."""
     name, options = meta["model"]["name"], classification.model_options(meta)
+    known = [*models.GENERATORS, *models.DITS]
+    if name not in known:
+        raise ValueError(f"model.name: expected one of {', '.join(known)}; got {name!r}")
     channels = meta["input"]["shape"][-1]
     if options.setdefault("in_channels", channels) != channels:
         raise ValueError(f"model.in_channels: expected {channels}, as the data have, got {options['in_channels']}")

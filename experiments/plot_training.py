@@ -16,6 +16,13 @@ from absl import flags
 
 from experiments import command_line
 
+HELD_OUT = {  # what is drawn of held-out images, by what a run has
+    "ema_top1": "held-out top-1, percent (moving average of parameters)",
+    "top1": "held-out top-1, percent",
+    "ema_loss": "held-out loss (moving average of parameters)",
+    "loss": "held-out loss",
+}
+
 
 def read(workdir: str) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, in order.
@@ -42,16 +49,18 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    titles: set[str] = set()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, rows in runs.items():
         train = [row for row in rows if row["kind"] == "train"]
         held_out = [row for row in rows if row["kind"] == "evaluation"]
         (line,) = left.plot([row["step"] for row in train], [row["loss"] for row in train], label=name)
-        key = "ema_top1" if held_out and "ema_top1" in held_out[0] else "top1"
-        steps, accuracies = [row["step"] for row in held_out], [row[key] for row in held_out]
-        label = f"{name}: {accuracies[-1]:.2f}" if held_out else name
-        right.plot(steps, accuracies, marker="o", color=line.get_color(), label=label)
-    for axis, title in ((left, "training loss"), (right, "held-out top-1, percent (moving average of parameters)")):
+        key = next((key for key in HELD_OUT if held_out and key in held_out[0]), "top1")
+        steps, numbers = [row["step"] for row in held_out], [row[key] for row in held_out]
+        label = f"{name}: {numbers[-1]:.4g}" if held_out else name
+        right.plot(steps, numbers, marker="o", color=line.get_color(), label=label)
+        titles.add(HELD_OUT[key])
+    for axis, title in ((left, "training loss"), (right, "; ".join(sorted(titles)))):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.legend(fontsize=9)

@@ -1,11 +1,14 @@
-"""Where a measured number comes from: the commit and the processor."""
+"""Where a measured number comes from: the commit, the processor, the parameters."""
 
+import hashlib
 import os
 import pathlib
 import platform
 import subprocess
+from typing import Any
 
 import jax
+import numpy as np
 
 
 def commit() -> str:
@@ -23,6 +26,14 @@ def commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "uncommitted"
+
+
+def sha256_of_arrays(tree: Any) -> str:
+    """Of all bytes of a tree of host arrays, in order."""
+    total = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        total.update(np.ascontiguousarray(leaf))
+    return total.hexdigest()
 
 
 def processor() -> str:

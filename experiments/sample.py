@@ -12,103 +12,30 @@ depends on the seed and its number alone, not on the batch, the process or the d
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
 
-from experiments import command_line, generation, image_batches
+from experiments import command_line, generation, image_batches, provenance
 from experiments.encode_latents import load_autoencoder
+from experiments.sampling import NOISE_SAMPLERS, VELOCITY_SAMPLERS, Sampling, draw
 from experiments.show_batch import contact_sheet
-from gspn_jax.diffusion import Interpolant, SampleNoise, guided, interpolant_samplers, samplers
 from gspn_jax.training import load_parameters
-from gspn_jax.training.generation import Generation
 from gspn_jax.training.sharding import local_mesh, place_batch, place_tree
 from gspn_jax.training.state import Parameters
 
-NOISE_SAMPLERS = ("ddpm", "ddim", "euler", "dpm_solver")  # of objective "ddpm"
-VELOCITY_SAMPLERS = ("heun", "euler", "sde")  # of interpolants
 SHOWN = 100  # images of a grid
 DECODED = 8  # latents that a device decodes at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Attributes:
-    sampler: "" for "ddpm", or of interpolants "heun".
-    num_steps: 0 for 250, or 25 of Heun's method.
-    guidance: scale of classifier-free guidance; 1 for none.
-    interval: times, as the network is told them, between which guidance acts; None for always.
-    guided_channels: how many of the first channels are guided; None for all.
-    seed: of the noise.
-    """
-
-    sampler: str = ""
-    num_steps: int = 0
-    guidance: float = 1.0
-    interval: tuple[float, float] | None = None
-    guided_channels: int | None = None
-    seed: int = 0
-
-    def of(self, task: Generation) -> "Sampling":
-        """What it comes to for a task. ValueError for a sampler that the objective has not."""
-        is_velocity = isinstance(task.objective, Interpolant)
-        known = VELOCITY_SAMPLERS if is_velocity else NOISE_SAMPLERS
-        sampler = self.sampler or known[0]
-        if sampler not in known:
-            raise ValueError(f"sampler: expected one of {', '.join(known)}; got {sampler!r}")
-        if self.num_steps < 0:
-            raise ValueError(f"steps: expected at least 1, or 0 for the sampler's own, got {self.num_steps}")
-        return dataclasses.replace(
-            self, sampler=sampler, num_steps=self.num_steps or (25 if sampler == "heun" else 250)
-        )
-
-
-def draw(
-    task: Generation,
-    params: Parameters,
-    labels: jax.Array,
-    samples: jax.Array,
-    sampling: Sampling,
-    *,
-    shape: tuple[int, ...],
-    clip: float | None = None,
-    progress: samplers.Progress | None = None,
-) -> jax.Array:
-    """Draws samples with these labels and numbers, (B,) each: (B, *shape) float32, on the network's scale. Traceable.
-
-    Args:
-        clip: bound of what ancestral sampling and DDIM believe of the data.
-    """
-    how, noise = sampling.of(task), SampleNoise(sampling.seed, samples)
-    denoiser = guided(
-        functools.partial(task.denoise, params), labels, scale=how.guidance, no_class=task.num_classes,
-        interval=how.interval, channels=how.guided_channels,
-    )  # fmt: skip
-    start = noise.draw(0, shape)
-    if isinstance(task.objective, Interpolant):
-        if how.sampler == "sde":
-            options: Any = dict(interpolant=task.objective, progress=progress)
-            return interpolant_samplers.sde(denoiser, start, how.num_steps, noise, **options)
-        run = interpolant_samplers.heun if how.sampler == "heun" else interpolant_samplers.euler
-        return run(denoiser, start, how.num_steps, progress=progress)
-    if how.sampler == "ddpm":
-        process = task.objective.respaced(how.num_steps)
-        return samplers.ddpm(denoiser, start, process, noise, clip=clip, progress=progress)
-    visited = samplers.steps(task.objective, how.num_steps)
-    if how.sampler == "ddim":
-        return samplers.ddim(denoiser, start, visited, clip=clip, progress=progress)
-    run = samplers.euler if how.sampler == "euler" else samplers.dpm_solver
-    return run(denoiser, start, visited, progress=progress)
 
 
 class Generator:
@@ -116,7 +43,7 @@ class Generator:
 
     Args:
         workdir: of a run, or of converted parameters.
-        sampling: how.
+        sampling: how; by default without guidance.
         classes: labels that take turns; all by default.
         image_size: (H, W) of the images; by default as in training.
         autoencoder: safetensors file, where the network denoises latents.
@@ -130,7 +57,7 @@ class Generator:
     def __init__(
         self,
         workdir: str,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling | None = None,
         *,
         classes: Sequence[int] = (),
         image_size: tuple[int, int] | None = None,
@@ -142,8 +69,8 @@ class Generator:
         params, meta = load_parameters(workdir, step, ema=ema)
         if "objective" not in meta:
             raise ValueError(f"workdir: expected a run of generation, got one of another task: {workdir}")
-        self.task = generation.make_task(meta)
-        self.sampling = sampling.of(self.task)
+        self.task, self._meta = generation.make_task(meta), meta
+        self.sampling = (sampling or Sampling()).of(self.task)
         self.class_names, number = meta["class_names"], meta["num_classes"]
         if not all(0 <= label < number for label in classes):
             raise ValueError(f"classes: expected labels in 0..{number - 1}, got {tuple(classes)}")
@@ -159,6 +86,14 @@ class Generator:
             model, digest = load_autoencoder(autoencoder, norm_groups=norm_groups)
             graph, state = nnx.split(model)
             factor = model.factor
+            given, trained = model.latent_channels, space["shape"]
+            if given != trained[-1] or side != trained[0] * factor:
+                raise ValueError(
+                    f"autoencoder: expected one that makes {trained} of {side} pixels, as this network was trained, "
+                    f"got one of {given} channels and {factor} pixels a latent: {autoencoder}"
+                )
+            if space["autoencoder"] not in ("", digest):
+                logging.warning("the latents of training were made by another file than %s", autoencoder)
             decode = jax.jit(lambda state, latents: _pixels(nnx.merge(graph, state).decode(latents / space["scale"])))
             self._decode = functools.partial(decode, jax.device_put(state, everywhere))
         else:
@@ -167,6 +102,7 @@ class Generator:
             raise ValueError(f"image_size: expected multiples of {factor}, got {height}, {width}")
         self.shape = (height, width, 3)
         self._drawn = (height // factor, width // factor, space["shape"][-1])
+        self._check_size()
         self._params = place_tree(params, jax.tree.map(lambda _: everywhere, params))
         self._compiled = jax.jit(self._draw)
         self.bar: tqdm | None = None
@@ -174,7 +110,7 @@ class Generator:
             "workdir": str(workdir),
             "step": meta["step"],
             "ema": meta["ema"],
-            "parameters": _digest(params),
+            "parameters": provenance.sha256_of_arrays(params),
             "model": meta["model"],
             "objective": meta["objective"],
             **dataclasses.asdict(self.sampling),
@@ -182,6 +118,16 @@ class Generator:
             "image_size": [height, width],
             "autoencoder": digest,
         }
+
+    def _check_size(self) -> None:
+        """Before anything is drawn: ValueError for maps that the network does not take."""
+        model = nnx.eval_shape(lambda: generation.model_builder(self._meta)(nnx.Rngs(0)))
+        numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
+        maps = jax.ShapeDtypeStruct((1, *self._drawn), jnp.float32)
+        try:
+            nnx.eval_shape(lambda model, *inputs: model(*inputs), model, maps, numbers, numbers)
+        except ValueError as error:
+            raise ValueError(f"image_size: {self.shape[0]}, {self.shape[1]}: {error}") from error
 
     def labels(self, samples: np.ndarray) -> np.ndarray:
         """The label of each sample, int32."""
@@ -220,14 +166,6 @@ class Generator:
             self.bar.update()
 
 
-def _digest(params: Parameters) -> str:
-    """SHA-256 of all parameters, so that images of other ones are told apart."""
-    total = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        total.update(np.ascontiguousarray(leaf))
-    return total.hexdigest()
-
-
 def _pixels(images: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
@@ -246,6 +184,8 @@ def run(generator: Generator, *, count: int = SHOWN, batch_size: int = 100, npz:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     shown = min(count, SHOWN)
     if not npz:
+        if count > SHOWN:
+            raise ValueError(f"count: expected at most {SHOWN} without --npz, got {count}")
         starts = range(0, shown, batch_size)
         parts = _drawn(generator, [_numbers(start, batch_size, shown) for start in starts], batch_size)
         return np.concatenate([images for _, images in parts])
@@ -277,7 +217,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", "samples.png", "The grid to write.")
     flags.DEFINE_string("npz", "", "File for all images and labels.")
     flags.DEFINE_list("classes", [], "Labels that take turns; by default all.")
-    flags.DEFINE_integer("count", SHOWN, "Images.")
+    flags.DEFINE_integer("count", SHOWN, f"Images; more than {SHOWN} go into --npz alone.")
     flags.DEFINE_string("sampler", "", f"{', '.join(NOISE_SAMPLERS)}; of interpolants {', '.join(VELOCITY_SAMPLERS)}.")
     flags.DEFINE_integer("steps", 0, "Of the sampler; 0: 250, or 25 of Heun's method.")
     flags.DEFINE_float("guidance", 1.0, "Scale of classifier-free guidance; 1 for none.")
@@ -292,27 +232,37 @@ def define_flags() -> None:
     flags.DEFINE_bool("ema", True, "The moving average of the parameters.")
 
 
+def _interval(words: Sequence[str]) -> tuple[float, float] | None:
+    if not words:
+        return None
+    try:
+        start, end = map(float, words)
+    except ValueError as error:
+        raise ValueError(f"interval: expected FROM,TO, got {','.join(words)}") from error
+    return start, end
+
+
 def main(argv: Sequence[str]) -> None:
     if argv:
         raise ValueError(f"expected flags only, got {' '.join(argv)}")
     chosen = flags.FLAGS
-    if len(chosen.interval) not in (0, 2):
-        raise ValueError(f"interval: expected FROM,TO, got {','.join(chosen.interval)}")
     if len(chosen.image_size) > 2:
         raise ValueError(f"image_size: expected SIDE or HEIGHT,WIDTH, got {','.join(chosen.image_size)}")
-    size = [int(side) for side in chosen.image_size]
+    if Path(chosen.output).suffix not in Image.registered_extensions():
+        raise ValueError(f"output: expected the name of a picture, such as samples.png, got {chosen.output}")
+    size = command_line.integers("image_size", chosen.image_size)
     sampling = Sampling(
         sampler=chosen.sampler,
         num_steps=chosen.steps,
         guidance=chosen.guidance,
-        interval=(float(chosen.interval[0]), float(chosen.interval[1])) if chosen.interval else None,
+        interval=_interval(chosen.interval),
         guided_channels=chosen.guided_channels,
         seed=chosen.seed,
     )
     generator = Generator(
         chosen.workdir,
         sampling,
-        classes=[int(label) for label in chosen.classes],
+        classes=command_line.integers("classes", chosen.classes),
         image_size=(size[0], size[-1]) if size else None,
         autoencoder=chosen.autoencoder,
         norm_groups=chosen.norm_groups,

@@ -29,15 +29,15 @@ from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import classification, command_line
+from experiments import classification, command_line, provenance
 from experiments.convert import read_safetensors
 from experiments.image_batches import LABELS, image_blocks, image_count, sha256
 from gspn_jax import data
 from gspn_jax.evaluation.frechet import (
     Moments,
+    RunningInceptionScore,
     RunningMoments,
     frechet_distance,
-    inception_score,
     precision_and_recall,
 )
 from gspn_jax.training import load_parameters
@@ -76,7 +76,17 @@ def with_inception(
     Raises:
         ValueError, OSError: in one line, what is wrong.
     """
-    graph, state = nnx.split(fid_inception(read_safetensors(inception, "inception")))
+    count, sampling = _counted(images), _sampling(images)
+    given, has_images = _given_moments(statistics), _has_images(statistics)
+    if POOLED not in given and not has_images:
+        raise ValueError(f"statistics: expected mu and sigma, or images arr_0, got none of them in {statistics}")
+    if count < splits:
+        raise ValueError(f"images: expected at least {splits} in {images}, got {count}")
+    arrays = read_safetensors(inception, "inception")
+    try:
+        graph, state = nnx.split(fid_inception(arrays))
+    except ValueError as error:
+        raise ValueError(f"inception: {inception}: {error}") from error
 
     def compute(state: Any, images: jax.Array) -> dict[str, jax.Array]:
         features = nnx.merge(graph, state)(images)
@@ -84,16 +94,21 @@ def with_inception(
         return {POOLED: features[POOLED], SPATIAL: spatial, LOGITS: features[LOGITS]}
 
     extract = batched(compute, state, batch_size)
-    found = _seen(images, extract, moments=(POOLED, SPATIAL), kept=(POOLED, LOGITS))
-    mean, deviation = inception_score(found[1][LOGITS], splits)
-    given = _given_moments(statistics)
-    scores: dict[str, Any] = {"images": image_count(images)}
+    running = RunningInceptionScore(count, splits)
+
+    def extract_and_score(images: np.ndarray) -> dict[str, np.ndarray]:
+        features = extract(images)
+        running.add(features[LOGITS])
+        return features
+
+    kept = (POOLED,) if has_images else ()  # precision and recall compare features
+    found = _seen(images, extract_and_score, moments=(POOLED, SPATIAL), kept=kept)
+    mean, deviation = running.score()
+    scores: dict[str, Any] = {"images": count}
     reference: tuple[dict[str, Moments], dict[str, np.ndarray]] = ({}, {})
-    if _has_images(statistics):  # also where moments are given: precision and recall compare features
-        reference = _seen(statistics, extract, moments={POOLED, SPATIAL} - set(given), kept=(POOLED,))
+    if has_images:
+        reference = _seen(statistics, extract, moments={POOLED, SPATIAL} - set(given), kept=kept)
     moments = reference[0] | given
-    if POOLED not in moments:
-        raise ValueError(f"statistics: expected mu and sigma, or images arr_0, got none of them in {statistics}")
     scores["fid"] = frechet_distance(found[0][POOLED], moments[POOLED])
     if SPATIAL in moments:
         scores["sfid"] = frechet_distance(found[0][SPATIAL], moments[SPATIAL])
@@ -102,7 +117,7 @@ def with_inception(
         near = precision_and_recall(reference[1][POOLED], found[1][POOLED])
         scores |= dict(zip(("precision", "recall"), near, strict=True))
     files = {"statistics": _file(statistics), "inception": _file(inception)}
-    return {"scores": scores, "files": files | {"images": _file(images)}, "sampling": _sampling(images)}
+    return {"scores": scores, "files": files | {"images": _file(images)}, "sampling": sampling}
 
 
 def with_classifier(
@@ -117,9 +132,8 @@ def with_classifier(
     Raises:
         ValueError, OSError, CheckpointError: in one line, what is wrong.
     """
+    count, labels, sampling = _counted(images), _labels(images), _sampling(images)
     params, meta = load_parameters(workdir)
-    if "objective" in meta:
-        raise ValueError(f"classifier: expected a run of classification, got one of another task: {workdir}")
     task = classification.make_task(meta)
     side = meta["data"]["image_size"]
     dataset = data.load(meta["data"]["name"], data_path or meta["data"]["path"] or None)
@@ -137,18 +151,24 @@ def with_classifier(
     for batch in tqdm(batches, unit="batch", desc=f"{split} images"):
         reference.add(extract(batch["image"])["features"][batch["mask"]])
     scores: dict[str, Any] = {
-        "images": image_count(images),
+        "images": count,
         "classifier_frechet_distance": frechet_distance(found["features"], reference.moments()),
     }
-    with np.load(images) as file:
-        if LABELS in file:
-            scores["recognised"] = float((kept["logits"].argmax(-1) == file[LABELS]).mean())
-    classifier = {"workdir": str(workdir), "step": meta["step"], "ema": meta["ema"], "data": meta["data"]["name"]}
+    if labels is not None:
+        scores["recognised"] = float((kept["logits"].argmax(-1) == labels).mean())
+    parameters = provenance.sha256_of_arrays(params)
+    classifier = {
+        "workdir": str(workdir),
+        "parameters": parameters,
+        "step": meta["step"],
+        "ema": meta["ema"],
+        "data": meta["data"]["name"],
+    }
     return {
         "scores": scores,
         "classifier": classifier | {"split": split, "reference_images": reference.count},
         "files": {"images": _file(images)},
-        "sampling": _sampling(images),
+        "sampling": sampling,
     }
 
 
@@ -202,10 +222,29 @@ def _file(path: str) -> dict[str, str]:
     return {"name": Path(path).name, "sha256": sha256(path)}
 
 
+def _counted(images: str) -> int:
+    count = image_count(images)
+    if count < 2:
+        raise ValueError(f"images: expected at least 2 in {images}, got {count}")
+    return count
+
+
+def _labels(images: str) -> np.ndarray | None:
+    """Of each image, where the file has them."""
+    with np.load(images) as file:
+        labels = file[LABELS] if LABELS in file else None
+    if labels is not None and labels.shape != (count := image_count(images),):
+        raise ValueError(f"images: expected {LABELS} of shape {(count,)} in {images}, got {labels.shape}")
+    return labels
+
+
 def _sampling(images: str) -> dict[str, Any] | None:
     """What `experiments.sample` wrote beside the images."""
     path = Path(images).with_suffix(".json")
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"images: expected JSON in {path}, how they were made; got {error}") from error
 
 
 def define_flags() -> None:

@@ -1,11 +1,12 @@
 """Scores of generated images: Frechet distances, inception score, precision and recall, from features.
 
-Moments are running sums in float64, so that memory does not grow with the number of images; precision and recall keep
-the features and compare them block by block.
+Moments and inception scores are running sums in float64: memory does not grow with the number of images. Precision and
+recall keep the features and compare them block by block.
 """
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -69,19 +70,47 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     return float(np.sum((mean - other_mean) ** 2) + trace)
 
 
-def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """Mean and deviation over splits of exp E KL(p(y | x) || p(y)) (arXiv 1606.03498). logits: (N, classes)."""
-    logits = np.asarray(logits, np.float64)
-    if logits.ndim != 2 or len(logits) < splits:
-        raise ValueError(f"logits: expected (N, classes) with N at least {splits}, got {logits.shape}")
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_shares = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    scores = []
-    for part in np.array_split(log_shares, splits):
-        mean = np.exp(part).mean(axis=0)
-        divergence = np.exp(part) * (part - np.log(np.maximum(mean, 1e-300)))
-        scores.append(np.exp(divergence.sum(axis=1).mean()))
-    return float(np.mean(scores)), float(np.std(scores))
+class RunningInceptionScore:
+    """exp E KL(p(y | x) || p(y)) (arXiv 1606.03498) of parts of images that come in batches.
+
+    Args:
+      count: images in all.
+      splits: parts of about one size, in order.
+    """
+
+    def __init__(self, count: int, splits: int = 10):
+        if not 1 <= splits <= count:
+            raise ValueError(f"count: expected at least {splits} images, one for each split, got {count}")
+        self._ends = np.cumsum([len(part) for part in np.array_split(np.arange(count), splits)])
+        self._seen = 0
+        self._shares: list[Any] = [0.0] * splits  # sums of p(y | x), of each part
+        self._negative_entropies = np.zeros(splits)
+
+    def add(self, logits: np.ndarray) -> None:
+        """logits: (B, classes), of the next images. ValueError for another shape or more images than were said."""
+        if logits.ndim != 2 or self._seen + len(logits) > self._ends[-1]:
+            raise ValueError(f"logits: expected (B, classes) of {self._ends[-1]} images, got {logits.shape}")
+        logits = np.asarray(logits, np.float64)
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        log_shares = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        parts = np.searchsorted(self._ends, self._seen + np.arange(len(logits)), side="right")
+        for part in np.unique(parts):
+            rows = log_shares[parts == part]
+            self._shares[part] = self._shares[part] + np.exp(rows).sum(axis=0)
+            self._negative_entropies[part] += (np.exp(rows) * rows).sum()
+        self._seen += len(logits)
+
+    def score(self) -> tuple[float, float]:
+        """Mean and deviation over the parts. ValueError before all images were seen."""
+        if self._seen != self._ends[-1]:
+            raise ValueError(f"count: expected {self._ends[-1]} images, got {self._seen}")
+        scores = []
+        for shares, negative_entropy, count in zip(
+            self._shares, self._negative_entropies, np.diff(self._ends, prepend=0), strict=True
+        ):
+            mean = shares / count
+            scores.append(np.exp(negative_entropy / count - (mean * np.log(np.maximum(mean, 1e-300))).sum()))
+        return float(np.mean(scores)), float(np.std(scores))
 
 
 def precision_and_recall(

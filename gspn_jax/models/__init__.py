@@ -80,8 +80,9 @@ def build_generator(name: str, *, num_classes: int, mixer: str = "gspn", rngs: n
       name: a key of `GENERATORS`.
       num_classes: classes beside "no class".
       mixer: "gspn", or "attention" for softmax attention in the same skeleton.
-      options: of `Generator` or, with mixer "gspn", of `GSPNMixer`; they replace those of the preset. By default
-        proxy_rank is width // 16, and the last two blocks are global: what the authors' program means to do.
+      options: of `Generator` or, with mixer "gspn", of `GSPNMixer`, with "attention" `num_heads`; they replace those of
+        the preset. By default proxy_rank is width // 16, and the last two blocks are global: what the authors' program
+        means to do.
 
     Raises:
       ValueError: an unknown name, mixer or option.
@@ -89,7 +90,12 @@ def build_generator(name: str, *, num_classes: int, mixer: str = "gspn", rngs: n
     options = _merged(GENERATORS, name, options, _GENERATOR_OPTIONS)
     options.setdefault("proxy_rank", max(options["width"] // 16, 1))
     options.setdefault("global_blocks", (options["depth"] - 1, options["depth"]))
-    return Generator(num_classes, mixer=_take_mixer(mixer, options), rngs=rngs, **options)
+    heads = options.pop("num_heads", None)
+    if heads is not None and mixer != "attention":
+        raise ValueError(f"num_heads: expected none with mixer {mixer!r}, got {heads}")
+    build = _take_mixer(mixer, options)
+    build = build if heads is None else functools.partial(build, num_heads=heads)
+    return Generator(num_classes, mixer=build, rngs=rngs, **options)
 
 
 def build_dit(name: str, *, num_classes: int, mixer: str = "attention", rngs: nnx.Rngs, **options: Any) -> DiT:
@@ -116,7 +122,9 @@ def build_dit(name: str, *, num_classes: int, mixer: str = "attention", rngs: nn
 _CLASSIFIER_OPTIONS = frozenset(
     "widths depths global_stages chunk stem_stride expansion mlp_ratio drop_path activation remat dtype".split()
 )
-_GENERATOR_OPTIONS = frozenset("width depth patch in_channels chunk global_blocks drop_path remat dtype".split())
+_GENERATOR_OPTIONS = frozenset(
+    "width depth num_heads patch in_channels chunk global_blocks drop_path remat dtype".split()
+)
 _DIT_OPTIONS = frozenset("width depth num_heads patch in_channels mlp_ratio remat dtype".split())
 _MIXER_OPTIONS = frozenset(
     "proxy_rank weight_channels propagation_channels alignment implementation path keep_states".split()

@@ -170,7 +170,7 @@ class Checkpoints:
         found = self._newest_good(steps if step is None else [step], wanted)
         if found is None:
             raise CheckpointError(f"no checkpoints under {self.folder}")
-        return found[0][item], found[1]
+        return jax.tree.map(np.asarray, found[0][item]), found[1]
 
     def _newest_good(self, steps: list[int], wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
         bad: dict[int, str] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gspn_jax.training.fingerprint import leaves_by_path
 
@@ -50,14 +51,15 @@ def _checksum(content: Mapping[str, Any]) -> int:
 
 
 def abstract(arrays: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Returns the nested dict of ShapeDtypeStructs that a record describes; without shardings: host arrays."""
+    """Returns the nested dict of ShapeDtypeStructs that a record describes, each whole on every device."""
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec())
     tree: dict[str, Any] = {}
     for path, (shape, dtype, _) in arrays.items():
         *folders, leaf = path.split("/")
         node = tree
         for folder in folders:
             node = node.setdefault(folder, {})
-        node[leaf] = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+        node[leaf] = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype), sharding=everywhere)
     return tree
 
 

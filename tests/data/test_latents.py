@@ -26,6 +26,7 @@ def write(folder: Path, *, copies: int = 2) -> str:
     manifest = {
         "shape": SHAPE, "dtype": "float16", "copies": copies, "class_names": ["ant", "bee", "cow"], "image_size": 24,
         "scale": 0.5, "autoencoder": {"sha256": "abc"}, "shards": {"train": 3, "test": 1},
+        "images": COUNTS, "on_corrupt": "stop",
     }  # fmt: skip
     layout = LatentRecord(SHAPE, "float16", copies)
     for split, count in COUNTS.items():
@@ -101,6 +102,16 @@ def test_missing_shards_and_manifests(tmp_path: Path):
     shard_files(tmp_path, "train", 3)[1].unlink()
     with pytest.raises(ValueError, match=r"3 shards of split train, but 1 are missing, such as .*00001-of-00003"):
         data.load("latents", str(tmp_path))
+
+
+def test_images_that_are_missing(tmp_path: Path):
+    write(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text()) | {"images": {"train": 6, "test": 2}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="path: expected 6 images in split train of .*, got 5"):
+        data.load("latents", str(tmp_path))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"on_corrupt": "drop"}))
+    assert len(data.load("latents", str(tmp_path)).train) == 5
 
 
 def test_records_of_another_form():

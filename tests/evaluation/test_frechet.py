@@ -4,7 +4,7 @@ import scipy.linalg
 import scipy.spatial.distance
 import scipy.special
 
-from gspn_jax.evaluation.frechet import RunningMoments, frechet_distance, inception_score, precision_and_recall
+from gspn_jax.evaluation.frechet import RunningInceptionScore, RunningMoments, frechet_distance, precision_and_recall
 
 
 def draw(count, features, seed, offset=0.0):
@@ -44,7 +44,10 @@ def test_inception_score_is_that_by_scipy():
         np.exp(scipy.special.rel_entr(part, part.mean(axis=0)).sum(axis=1).mean())
         for part in np.array_split(shares, 10)
     ]
-    assert inception_score(logits) == pytest.approx((np.mean(want), np.std(want)), rel=1e-12)
+    running = RunningInceptionScore(len(logits))
+    for part in np.array_split(logits, 4):
+        running.add(part)
+    assert running.score() == pytest.approx((np.mean(want), np.std(want)), rel=1e-12)
 
 
 def test_precision_and_recall_are_those_by_scipy():
@@ -71,7 +74,12 @@ def test_bad_arguments():
         running.moments()
     with pytest.raises(ValueError, match="other: expected 3 features, got 2"):
         frechet_distance((np.zeros(3), np.eye(3)), (np.zeros(2), np.eye(2)))
-    with pytest.raises(ValueError, match="logits: expected"):
-        inception_score(np.zeros((5, 3)))
+    with pytest.raises(ValueError, match="count: expected at least 10 images, one for each split, got 5"):
+        RunningInceptionScore(5)
+    score = RunningInceptionScore(10)
+    with pytest.raises(ValueError, match=r"logits: expected \(B, classes\) of 10 images, got \(11, 3\)"):
+        score.add(np.zeros((11, 3)))
+    with pytest.raises(ValueError, match="count: expected 10 images, got 0"):
+        score.score()
     with pytest.raises(ValueError, match="samples: expected more than 3 rows of 4 features"):
         precision_and_recall(np.zeros((9, 4)), np.zeros((3, 4)))

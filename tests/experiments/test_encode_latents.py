@@ -69,6 +69,12 @@ def test_latents_are_those_of_the_autoencoder(latents: str):
 def test_other_settings_are_refused(autoencoder: str, latents: str):
     with pytest.raises(ValueError, match=r"output: .* holds latents of other settings.*: copies \(there 2\)"):
         encode_latents.run("digits", None, autoencoder, latents, flip=False, **OPTIONS)
+    with pytest.raises(ValueError, match=r"output: .*: images_per_shard \(there 500\)"):
+        encode_latents.run("digits", None, autoencoder, latents, **{**OPTIONS, "images_per_shard": 400})
+    with pytest.raises(ValueError, match="scale: expected a positive number, got 0"):
+        encode_latents.run("digits", None, autoencoder, latents, scale=0, **OPTIONS)
+    with pytest.raises(ValueError, match="autoencoder: .*: norm_groups: expected a divisor"):
+        encode_latents.run("digits", None, autoencoder, latents, **{**OPTIONS, "norm_groups": 5})
     with pytest.raises(ValueError, match="image_size: expected a multiple of "):
         encode_latents.run("digits", None, autoencoder, latents, **{**OPTIONS, "image_size": 9})
     with pytest.raises(ValueError, match="data: expected images, got latents"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import generator
-from experiments import generation, image_batches, sample, train
+from experiments import evaluate, generation, image_batches, sample, train
 from experiments.sample import Generator, Sampling
 
 
@@ -94,8 +94,14 @@ def test_images_of_a_file_come_in_blocks(tmp_path: Path):
 @pytest.mark.parametrize("options,words", [
     (dict(classes=[10]), r"classes: expected labels in 0\.\.9, got \(10,\)"),
     (dict(sampling=Sampling("heun")), "sampler: expected one of ddpm, ddim, euler, dpm_solver; got 'heun'"),
-    (dict(sampling=Sampling(num_steps=-1)), "steps: expected at least 1"),
+    (dict(sampling=Sampling(num_steps=-1)), "steps: expected 2 to 1000, or 0 for the sampler's own, got -1"),
+    (dict(sampling=Sampling("ddim", 1001)), "steps: expected 1 to 1000, or 0 for the sampler's own, got 1001"),
+    (dict(sampling=Sampling(guidance=float("nan"))), "guidance: expected a finite number, got nan"),
+    (dict(sampling=Sampling(interval=(5, 1))), r"interval: expected a smaller and a larger time, got \(5, 1\)"),
+    (dict(sampling=Sampling(guided_channels=0)), "guided_channels: expected at least 1, got 0"),
+    (dict(sampling=Sampling(seed=-1)), r"seed: expected 0 to 2\*\*31 - 1, got -1"),
     (dict(image_size=(0, 8)), "image_size: expected multiples of 1, got 0, 8"),
+    (dict(image_size=(8, 6)), "image_size: 8, 6: latents: expected shape .* divisible by patch = 4"),
 ])  # fmt: skip
 def test_bad_arguments(workdir: str, options: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
@@ -103,9 +109,11 @@ def test_bad_arguments(workdir: str, options: dict[str, Any], words: str):
 
 
 def test_bad_counts_and_names(workdir: str):
-    one = Generator(workdir, Sampling(num_steps=1))
+    one = Generator(workdir, Sampling(num_steps=2))
     with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
         sample.run(one, count=0)
+    with pytest.raises(ValueError, match="count: expected at most 100 without --npz, got 101"):
+        sample.run(one, count=101)
     with pytest.raises(ValueError, match="npz: expected a name that ends in .npz, got samples"):
         sample.run(one, npz="samples")
 
@@ -113,3 +121,15 @@ def test_bad_counts_and_names(workdir: str):
 def test_unknown_objective(tmp_path: Path):
     with pytest.raises(ValueError, match="objective: expected one of ddpm, linear, gvp; got 'vp'"):
         train.run(tiny_config(objective="vp"), str(tmp_path / "run"))
+
+
+def test_a_network_that_is_not_known(tmp_path: Path):
+    config = tiny_config()
+    config.model.name = "unet"
+    with pytest.raises(ValueError, match=r"model\.name: expected one of gspn_s2, .*, dit_xl2; got 'unet'"):
+        train.run(config, str(tmp_path / "run"))
+
+
+def test_a_generator_is_no_classifier(workdir: str):
+    with pytest.raises(ValueError, match="workdir: expected a run of classification, got one of generation"):
+        evaluate.run(workdir)

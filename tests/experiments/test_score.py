@@ -91,6 +91,10 @@ def test_files_that_are_none(files: dict[str, Any]):
         score.with_inception(*given, str(folder / "other.npz"), splits=3)
     with pytest.raises(ValueError, match="statistics: expected an .npz file, got "):
         score.with_inception(*given, str(folder / "samples.json"), splits=3)
+    with pytest.raises(ValueError, match="images: expected at least 60 in .*samples.npz, got 57"):
+        score.with_inception(*given, str(folder / "moments.npz"), splits=60)
+    with pytest.raises(ValueError, match="inception: expected a safetensors file, got .*none.safetensors"):
+        score.with_inception(given[0], str(folder / "none.safetensors"), str(folder / "moments.npz"), splits=3)
     with pytest.raises(ValueError, match="images: expected an .npz file"):
         score.with_inception(str(folder / "moments.npz"), given[1], given[0], splits=3)
 
@@ -113,6 +117,12 @@ def test_a_classifier_knows_its_own_images(tmp_path: Path):
     np.savez(tmp_path / "noise.npz", np.random.default_rng(0).integers(0, 256, (90, 8, 8, 3), np.uint8), labels[:90])
     noise = score.with_classifier(str(tmp_path / "noise.npz"), workdir, batch_size=90)["scores"]
     assert noise["classifier_frechet_distance"] > 0.1 and noise["recognised"] < 0.4
+    np.savez(tmp_path / "labels.npz", np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3, np.int32))
+    with pytest.raises(ValueError, match=r"images: expected arr_1 of shape \(4,\) in .*, got \(3,\)"):
+        score.with_classifier(str(tmp_path / "labels.npz"), workdir)
+    (tmp_path / "test.json").write_text("no JSON")
+    with pytest.raises(ValueError, match="images: expected JSON in .*test.json, how they were made"):
+        score.with_classifier(path, workdir)
     np.savez(tmp_path / "small.npz", np.zeros((4, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match=r"images: expected shape \(8, 8, 3\), as the classifier's, got \(4, 4, 3\)"):
         score.with_classifier(str(tmp_path / "small.npz"), workdir)

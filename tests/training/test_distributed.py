@@ -49,8 +49,9 @@ def test_two_processes_give_the_loss_curve_of_one_also_when_stopped_between(tmp_
 
 def test_two_processes_train_the_generator_of_one(tmp_path: Path):
     one = Started({"workdir": str(tmp_path / "one"), "num_steps": 6, "generates": True}, tmp_path)
-    first, second = [process.wait() for process in start_pair(tmp_path, num_steps=6, generates=True)]
+    first, second = [process.wait() for process in start_pair(tmp_path, num_steps=6, generates=True, loads=True)]
     assert first.result == second.result and "processes: 2" in first.out
+    assert first.result["loaded"] == first.result["params"]  # as evaluation and sampling load them
     assert first.result["loss"] == pytest.approx(one.wait().result["loss"], rel=1e-4)
     curves = [[row["loss"] for row in read_rows(tmp_path / name) if row["kind"] == "train"] for name in ("one", "run")]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)

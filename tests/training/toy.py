@@ -22,7 +22,7 @@ from flax import nnx
 
 from gspn_jax.diffusion import GaussianDiffusion
 from gspn_jax.training import Classification, MeshOptions, MixingOptions, OptimizerOptions, Preempted, TrainOptions
-from gspn_jax.training.checkpoint import Checkpoints
+from gspn_jax.training.checkpoint import Checkpoints, load_parameters
 from gspn_jax.training.distributed import initialise
 from gspn_jax.training.generation import Generation
 from gspn_jax.training.loop import train
@@ -188,12 +188,17 @@ def main(arguments: dict[str, Any]) -> None:
     initialise(*arguments.pop("distributed", (None, None, None)))
     if "kill_save" in arguments:
         kill_during_save(*arguments.pop("kill_save"))
+    loads = arguments.pop("loads", False)
     try:
         result = toy_train(**arguments)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(143)
-    print(json.dumps({"step": int(result.state.step), "digest": digest(result.state), **result.evaluation}))
+    numbers = {"step": int(result.state.step), "digest": digest(result.state), **result.evaluation}
+    if loads:
+        loaded, _ = load_parameters(arguments["workdir"], ema=False)
+        numbers |= {"params": digest(result.state.params), "loaded": digest(loaded)}
+    print(json.dumps(numbers))
 
 
 class Outcome:

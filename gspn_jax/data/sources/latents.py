@@ -132,8 +132,9 @@ def latents(path: str | None = None) -> Dataset:
             )
         options: Any = dict(image_size=manifest["image_size"], num_classes=len(names))
         sources[split] = LatentRecords(list(map(str, files)), layout, name=f"{path}, split {split}", **options)
-        if not len(sources[split]):
-            raise ValueError(f"path: expected latents in split {split} of {path}, got none")
+        count, expected = len(sources[split]), manifest["images"][split]
+        if not count or count > expected or (count < expected and manifest["on_corrupt"] != "drop"):
+            raise ValueError(f"path: expected {expected} images in split {split} of {path}, got {count}")
     space = LatentSpace(layout.shape, float(manifest["scale"]), manifest["autoencoder"]["sha256"])
     return Dataset("latents", len(names), names, **sources, latents=space)
 
@@ -142,7 +143,8 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     """Raises ValueError where there is none, or none of this kind."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        needed = {"shape", "dtype", "copies", "class_names", "shards", "image_size", "scale", "autoencoder"}
+        needed = {"shape", "dtype", "copies", "class_names", "shards", "image_size", "scale", "autoencoder", "images"}
+        needed |= {"on_corrupt"}
         if needed - set(manifest):
             raise ValueError(f"it lacks {', '.join(sorted(needed - set(manifest)))}")
         return manifest
