@@ -240,22 +240,33 @@ def differences(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[st
         options = {**_UNSEEN, **models.MODELS.get(meta["model"]["name"], {}), **meta["model"]["options"]}
         values = {f"model.{key}": options[key] for key in _UNSEEN}
         values |= {f"data.{key}": meta["data"][key] for key in ("mean", "std")}
-        return {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in values.items()}
+        return values
 
-    was, here = seen(source), seen(target)
+    return worded_differences(seen(source), seen(target))
+
+
+def worded_differences(was: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each key of a configuration, of those in both, whose values differ; lists equal tuples."""
+    was, here = (
+        {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in values.items()}
+        for values in (was, here)
+    )
     return [
         f"{key}: {was[key]} there, {here[key]} here; --config.{key}={str(was[key]).replace(' ', '')} computes the same"
         for key in was
-        if was[key] != here[key]
+        if key in here and was[key] != here[key]
     ]
 
 
-def start_from(path: str, meta: Mapping[str, Any]) -> Callable[[Parameters], Mapping[str, np.ndarray]]:
+def start_from(
+    path: str, meta: Mapping[str, Any], differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
+) -> Callable[[Parameters], Mapping[str, np.ndarray]]:
     """Returns abstract parameters -> what fits them in the workdir `path`; prints what does not.
 
     Args:
         path: workdir of a run or of converted weights.
-        meta: what the run that starts is; what it computes differently from the source is printed too.
+        meta: what the run that starts is.
+        differences: of (the source's meta, meta) -> lines to print too: what is computed differently.
     """
     if path.endswith(".safetensors"):
         raise ValueError(f"init_from: expected a workdir, got {path}; python -m experiments.convert makes one of it")
@@ -264,6 +275,8 @@ def start_from(path: str, meta: Mapping[str, Any]) -> Callable[[Parameters], Map
 
     def initial(target: Parameters) -> Mapping[str, np.ndarray]:
         source, found = load_parameters(path)
+        if ("objective" in found) != ("objective" in meta):
+            raise ValueError(f"init_from: expected a run of the same task, classification or generation, got {path}")
         transfer = fit(source, target)
         if jax.process_index() == 0:
             kind = "moving average" if found["ema"] else "parameters"

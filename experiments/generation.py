@@ -86,6 +86,25 @@ def layer_lines(meta: Mapping[str, Any], batch_size: int) -> list[str]:
     return models.layer_report(model, maps, numbers, numbers)
 
 
+def differences(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
+    """As `classification.differences`."""
+
+    def seen(meta: Mapping[str, Any]) -> dict[str, Any]:
+        name, options = meta["model"]["name"], meta["model"]["options"]
+        is_dit = name in models.DITS
+        values = {"objective": meta.get("objective", "none"), "model.mixer": "attention" if is_dit else "gspn"}
+        values |= {"model.mixer": options["mixer"]} if "mixer" in options else {}
+        if values["model.mixer"] == "gspn":
+            values["model.alignment"] = options.get("alignment", "aligned")
+        if values["model.mixer"] == "gspn" and not is_dit:
+            depth = options.get("depth") or models.GENERATORS[name]["depth"]
+            values["model.chunk"] = options.get("chunk", 2)
+            values["model.global_blocks"] = options.get("global_blocks", (depth - 1, depth))
+        return values
+
+    return classification.worded_differences(seen(source), seen(target))
+
+
 def lines_of(numbers: Mapping[str, float]) -> list[str]:
     """Returns the last lines of a run: both losses on held-out images."""
     lines = [f"parameters: loss {numbers['loss']:.4f}"]

@@ -57,7 +57,7 @@ def run(config: Any, workdir: str) -> Result:
             ),
             meta=meta,
             free_keys=family.FREE_KEYS,
-            initial=classification.start_from(config.init_from, meta) if config.init_from else None,
+            initial=classification.start_from(config.init_from, meta, family.differences) if config.init_from else None,
             report=family.layer_lines(meta, config.batch_size // config.accumulate),
         )
     finally:

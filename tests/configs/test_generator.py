@@ -63,6 +63,18 @@ def test_other_channels_than_those_of_the_data():
         generation.make_task(meta)
 
 
+def test_runs_that_compute_something_else_with_the_same_shapes_are_told_apart():
+    ours, theirs = (description(generator.get_config("gspn_xl2")) for _ in range(2))
+    assert generation.differences(theirs, ours) == []
+    theirs["model"]["options"] |= dict(alignment="unturned", chunk=2, global_blocks=[])
+    assert generation.differences(theirs, ours) == [
+        "model.alignment: unturned there, aligned here; --config.model.alignment=unturned computes the same",
+        "model.global_blocks: () there, (55, 56) here; --config.model.global_blocks=() computes the same",
+    ]
+    dit, sit = (description(generator.get_config(name)) for name in ("dit_b2", "sit_b2"))
+    assert [line.split(";")[0] for line in generation.differences(dit, sit)] == ["objective: ddpm there, linear here"]
+
+
 def test_unknown_preset():
     with pytest.raises(ValueError, match="preset: expected one of digits, .*got 'dit_s9'"):
         generator.get_config("dit_s9")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs import generator
+from configs import classifier, generator
 from experiments import evaluate, generation, image_batches, sample, train
 from experiments.sample import Generator, Sampling
 
@@ -121,6 +121,21 @@ def test_bad_counts_and_names(workdir: str):
 def test_unknown_objective(tmp_path: Path):
     with pytest.raises(ValueError, match="objective: expected one of ddpm, linear, gvp; got 'vp'"):
         train.run(tiny_config(objective="vp"), str(tmp_path / "run"))
+
+
+def test_a_run_starts_from_another(workdir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train.run(tiny_config(init_from=workdir, objective="gvp", steps=1), str(tmp_path / "run"))
+    printed = capsys.readouterr().out
+    assert f"from {workdir}, step 3, moving average:" in printed and "starts fresh" not in printed
+    assert "differs: objective: ddpm there, gvp here; --config.objective=ddpm computes the same" in printed
+
+
+def test_a_classifier_does_not_start_from_a_generator(workdir: str, tmp_path: Path):
+    config = classifier.get_config("digits")
+    config.model.update({"widths": (8,), "depths": (1,), "global_stages": (0,), "mixer": "attention"})
+    config.update({"init_from": workdir, "steps": 1, "batch_size": 96})
+    with pytest.raises(ValueError, match="init_from: expected a run of the same task, classification or generation"):
+        train.run(config, str(tmp_path / "run"))
 
 
 def test_a_network_that_is_not_known(tmp_path: Path):
