@@ -50,7 +50,7 @@ def _parse(argv: list[str]) -> list[str]:
     except _WRONG_FLAGS as error:
         if "Traceback" not in str(error):
             fail(error)
-        fail(ValueError(str(error).strip().splitlines()[-1]))  # of a configuration file that raised
+        fail(ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))  # from a configuration file
 
 
 def _guarded(main: Callable[[Sequence[str]], object], argv: list[str]) -> None:
