@@ -262,6 +262,7 @@ def run(listed: Sequence[Case], out: str) -> list[Row]:
         "compiled for": f"{deviceless.DEVICE_KIND}, with jax {jax.__version__} and ptxas "
         f"{deviceless.assembler_version()}",
         "rates": RATES,
+        "whole train steps": "their peak memory stands in step_report.md, from python -m experiments.step_report",
         "note": NOTE,
     }
     folder = pathlib.Path(out)
