@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from experiments import command_line
@@ -143,7 +144,8 @@ def run(
         (_Part(source, start, min(start + images_per_shard, len(source))), file) for source, start, file in missing
     ]
     mesh = local_mesh()
-    encode = functools.partial(_moments, jax.jit(functools.partial(_encode, nnx.graphdef(model))), nnx.state(model))
+    state = jax.device_put(nnx.state(model), NamedSharding(mesh, PartitionSpec()))  # once, not with each batch
+    encode = functools.partial(_moments, jax.jit(functools.partial(_encode, nnx.graphdef(model))), state)
     written = 0
     with jax.set_mesh(mesh), tqdm(total=sum(len(part) for part, _ in parts), unit="image") as bar:
         for part, file in parts:
