@@ -6,7 +6,7 @@ Directions are named as the scan walks, in the order of every direction axis: ri
 """
 
 from pallas_kernels.directions import DIRECTIONS
-from pallas_kernels.dispatch import implementations, record_choices
+from pallas_kernels.dispatch import implementations, named_layer, record_choices
 from pallas_kernels.line_scan import line_scan, line_scan_from_logits
 from pallas_kernels.low_rank import propagate_low_rank
 from pallas_kernels.propagation import propagate

@@ -42,6 +42,7 @@ class Choice:
     implementation: str
     reason: str
     paths: Paths | None = None  # of a propagation by Mosaic kernels
+    layer: str | None = None  # the innermost `named_layer` around the call
 
 
 _records: list[list[Choice]] = []
@@ -126,7 +127,20 @@ def _choice(
     return Choice(operation, tuple(shape), chunk, name, reason)
 
 
+_layers: list[str] = []
+
+
+@contextlib.contextmanager
+def named_layer(name: str) -> Iterator[None]:
+    _layers.append(name)
+    try:
+        yield
+    finally:
+        _layers.pop()
+
+
 def _recorded(choice: Choice) -> Choice:
+    choice = dataclasses.replace(choice, layer=_layers[-1] if _layers else None)
     for record in _records:
         record.append(choice)
     return choice

@@ -1,6 +1,65 @@
-"""Token mixers on (B, H, W, C) maps, one file each: built as `Mixer(features, ..., rngs=)`, called on a map."""
+"""Token mixers: modules on (B, H, W, C) maps, one file each, in one registry.
+
+A mixer is built as `Mixer(features, dtype=..., rngs=..., **options)` and called on a map (B, H, W, features); it
+returns a map of the same shape. One that can work locally also takes `chunk`, the number of lines after which its
+scans restart (None: global). To add a mixer, write its file and add a line to `MIXERS`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
 
 from gspn_jax.mixers.attention import SoftmaxAttention
 from gspn_jax.mixers.gspn import GSPNMixer
 
-__all__ = ["GSPNMixer", "SoftmaxAttention"]
+__all__ = ["MIXERS", "GSPNMixer", "MixerBuilder", "SoftmaxAttention", "mixer_builder", "mixer_options"]
+
+MixerBuilder = Callable[..., nnx.Module]  # called as builder(features, chunk=..., dtype=..., rngs=...)
+
+MIXERS: dict[str, MixerBuilder] = {
+    "gspn": GSPNMixer,
+    "attention": SoftmaxAttention,
+}
+
+# What the network that holds a mixer decides.
+_GIVEN = ("features", "chunk", "dtype", "rngs")
+
+
+def find_mixer(mixer: str | MixerBuilder) -> MixerBuilder:
+    """Returns the class or function that builds a mixer; ValueError for a name that is not in `MIXERS`."""
+    if callable(mixer):
+        return mixer
+    if mixer not in MIXERS:
+        raise ValueError(f"mixer: expected a callable or one of {', '.join(MIXERS)}; got {mixer!r}")
+    return MIXERS[mixer]
+
+
+def mixer_options(mixer: str | MixerBuilder) -> tuple[frozenset[str], bool]:
+    """Returns the options of a mixer that a network leaves open, and whether it takes any others too (`**options`)."""
+    parameters = inspect.signature(find_mixer(mixer)).parameters.values()
+    names = frozenset(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return names - set(_GIVEN), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def mixer_builder(mixer: str | MixerBuilder, options: Mapping[str, Any] | None = None) -> MixerBuilder:
+    """Returns what a network calls for each of its blocks: builder(features, chunk=..., dtype=..., rngs=...).
+
+    Args:
+        mixer: a name in `MIXERS`, or a callable as the head of this file describes.
+        options: further arguments of the mixer. `chunk` is left out for a mixer that does not take it.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    build = functools.partial(find_mixer(mixer), **(options or {}))
+    parameters = inspect.signature(build).parameters
+    if "chunk" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return build
+
+    def without_chunk(features: int, *, chunk: int | None, **given: Any) -> nnx.Module:
+        return build(features, **given)
+
+    return without_chunk

@@ -25,12 +25,18 @@ class SoftmaxAttention(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Args:
-        features: C.
-        num_heads: a divisor of C; by default the largest number of heads of at least 32 channels that divides it.
-        use_bias: of the projections.
-        dtype: of the computation; the softmax is float32.
+        """Makes the projections.
+
+        Args:
+            features: C, the channels of the map.
+            num_heads: a divisor of C; by default the largest number of heads of at least 32 channels that divides it.
+            use_bias: whether the projections have biases.
+            dtype: of the computation; the softmax is float32.
+            param_dtype: of the parameters.
+            rngs: source of the initial parameters.
         """
+        if features < 1:
+            raise ValueError(f"features: expected at least 1, got {features}")
         if num_heads is None:
             num_heads = next(n for n in range(max(features // HEAD_WIDTH, 1), 0, -1) if features % n == 0)
         if num_heads < 1 or features % num_heads:
@@ -41,7 +47,11 @@ class SoftmaxAttention(nnx.Module):
         self.out = nnx.Linear(features, features, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, height, width, features = x.shape
+        features = self.qkv.in_features
+        if x.ndim != 4 or x.shape[-1] != features:
+            raise ValueError(f"x: expected shape (B, H, W, {features}), got {x.shape}")
+        batch, height, width, _ = x.shape
+        # (B, H, W, 3 C) to three of (B, H W, heads, C / heads)
         shape = (batch, height * width, 3, self.num_heads, features // self.num_heads)
         query, key, value = jnp.moveaxis(self.qkv(x).reshape(shape), 2, 0)
         return self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))

@@ -97,6 +97,9 @@ class GSPNMixer(nnx.Module):
         self.expand = linear(channels, features) if compact else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        features = self.proxy.in_features
+        if x.ndim != 4 or x.shape[-1] != features:
+            raise ValueError(f"x: expected shape (B, H, W, {features}), got {x.shape}")
         proxy = self.proxy(x)
         x = x.astype(self.dtype) if self.reduce is None else self.reduce(x)
         groups, size = _padded_channels(self.channels, self.weight_channels)

@@ -5,15 +5,16 @@ GSPN module between two projections and an MLP, a linear head on the mean of the
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gspn_jax.mixers import MixerBuilder
 from gspn_jax.models import layers
-
-MixerBuilder = Callable[..., nnx.Module]
+from gspn_jax.models.sizes import check_counts, check_positive
+from pallas_kernels import named_layer
 
 _STEM_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}
 _ACTIVATIONS = {"none": lambda x: x, "silu": jax.nn.silu}
@@ -127,6 +128,12 @@ class Classifier(nnx.Module):
         """
         if len(widths) != len(depths) or not widths:
             raise ValueError(f"depths: expected one for each of {len(widths)} widths (at least 1), got {len(depths)}")
+        check_counts(num_classes=num_classes, widths=widths, depths=depths, chunk=chunk)
+        check_positive(expansion=expansion, mlp_ratio=mlp_ratio)
+        if round(min(widths) * expansion) < 1 or round(min(widths) * mlp_ratio) < 1:
+            raise ValueError(f"expansion, mlp_ratio: expected at least one channel of {min(widths)}, got {expansion}, {mlp_ratio}")
+        if widths[0] < 2:
+            raise ValueError(f"widths: expected at least 2 channels in the first stage, got {tuple(widths)}")
         if not set(global_stages) <= set(range(len(widths))):
             raise ValueError(f"global_stages: expected stages in 0..{len(widths) - 1}, got {tuple(global_stages)}")
         if stem_stride not in _STEM_STRIDES:
@@ -163,7 +170,8 @@ class Classifier(nnx.Module):
         Returns:
           (B, ceil(H / s), ceil(W / s), width) in the dtype of the computation, s the stem's stride times 1, 2, 4, 8.
         """
-        if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape) < 1:
+        # Not the batch: its size may be symbolic, as `jax.export` allows.
+        if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:]) < 1:
             raise ValueError(f"images: expected shape (B, H, W, 3), got {images.shape}")
         x, maps = self.stem(images), []
         for stage, blocks in enumerate(self.stages):
@@ -171,7 +179,8 @@ class Classifier(nnx.Module):
                 x = self.downsamples[stage - 1](x)
             for index, block in enumerate(blocks):
                 block_key = None if key is None else jax.random.fold_in(key, 1000 * stage + index)
-                x = (jax.checkpoint(block) if self.remat else block)(x, block_key)
+                with named_layer(f"stages/{stage}/{index}"):
+                    x = (jax.checkpoint(block) if self.remat else block)(x, block_key)
             maps.append(x)
         return maps
 

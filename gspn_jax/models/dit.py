@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gspn_jax.mixers import MixerBuilder
 from gspn_jax.models import layers
 from gspn_jax.models.conditioning import AdaptiveHead, Conditioning, plain_norm
-from gspn_jax.models.generator import XAVIER, MixerBuilder, check_inputs
+from gspn_jax.models.generator import XAVIER, check_inputs
+from gspn_jax.models.sizes import check_counts, check_positive
 from gspn_jax.models.stack import graph_of, stacked
+from pallas_kernels import named_layer
 
 
 class DiTBlock(nnx.Module):
@@ -67,15 +70,13 @@ class DiT(nnx.Module):
         remat: computes each block again in the backward pass instead of keeping what is inside it.
         dtype: of the computation; parameters, residual stream, norms and the last layer are float32.
         """
-        sizes = dict(num_classes=num_classes, width=width, depth=depth, patch=patch, in_channels=in_channels)
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_counts(num_classes=num_classes, width=width, depth=depth, patch=patch, in_channels=in_channels)
+        check_positive(mlp_ratio=mlp_ratio)
         if width % 4:
             raise ValueError(f"width: expected a multiple of 4, sines and cosines of two positions; got {width}")
         dtype = jnp.dtype(dtype)
         self.patch, self.in_channels, self.num_classes = patch, in_channels, num_classes
-        self.remat, self.dtype = remat, dtype
+        self.depth, self.remat, self.dtype = depth, remat, dtype
         block = functools.partial(DiTBlock, width, mixer=mixer, mlp_ratio=mlp_ratio, dtype=dtype)
         self.embed = nnx.Linear(patch * patch * in_channels, width, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
         self.conditioning = Conditioning(num_classes, width, rngs=rngs)
@@ -97,7 +98,8 @@ class DiT(nnx.Module):
 
         # In a scan nothing can undo the recomputation, so that it needs no barriers against it.
         step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
-        x, _ = jax.lax.scan(step, x, nnx.state(self.blocks))
+        with named_layer(f"blocks 0 to {self.depth - 1}"):
+            x, _ = jax.lax.scan(step, x, nnx.state(self.blocks))
         return layers.unpatched(self.head(x, condition), self.patch)
 
 

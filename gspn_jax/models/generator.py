@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gspn_jax.mixers import MixerBuilder
 from gspn_jax.mixers.gspn import FAN_IN_UNIFORM
 from gspn_jax.models import layers
 from gspn_jax.models.conditioning import AdaptiveHead, Conditioning
+from gspn_jax.models.sizes import check_counts
 from gspn_jax.models.stack import graph_of, stacked
-
-MixerBuilder = Callable[..., nnx.Module]
+from pallas_kernels import named_layer
 
 XAVIER = nnx.initializers.xavier_uniform()
 
@@ -94,7 +95,7 @@ class Generator(nnx.Module):
         patch: int = 2,
         in_channels: int = 4,
         chunk: int | None = 2,
-        global_blocks: Sequence[int] = (),
+        global_blocks: Sequence[int] | None = None,
         drop_path: float = 0.0,
         remat: bool = False,
         dtype: jnp.dtype = jnp.float32,
@@ -114,12 +115,12 @@ class Generator(nnx.Module):
         remat: computes each block again in the backward pass instead of keeping what is inside it.
         dtype: of the computation; parameters, residual stream and the last layer are float32.
         """
-        sizes = dict(num_classes=num_classes, width=width, patch=patch, in_channels=in_channels)
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_counts(
+            num_classes=num_classes, width=width, depth=depth, patch=patch, in_channels=in_channels, chunk=chunk
+        )
         if depth < 2 or depth % 2:
             raise ValueError(f"depth: expected an even number of at least 2, got {depth}")
+        global_blocks = (depth - 1, depth) if global_blocks is None else global_blocks
         if not set(global_blocks) <= set(range(depth + 1)):
             raise ValueError(f"global_blocks: expected blocks in 0..{depth}, got {tuple(global_blocks)}")
         if not 0 <= drop_path < 1:
@@ -172,24 +173,23 @@ class Generator(nnx.Module):
 
         half = self.depth // 2
         run = functools.partial(_run_blocks, remat=self.remat)
-        hidden, residual, (skips,) = run(self.in_blocks, self.in_runs, hidden, residual, (), *drops(slice(half)))
+        hidden, residual, (skips,) = run(
+            "in_blocks", self.in_blocks, self.in_runs, hidden, residual, (), *drops(slice(half))
+        )
         mid_block = jax.checkpoint(self.mid_block) if self.remat else self.mid_block
-        hidden, residual = mid_block(hidden, residual, (), *drops(half))
+        with named_layer("mid_block"):
+            hidden, residual = mid_block(hidden, residual, (), *drops(half))
         hidden, residual, _ = run(
-            self.out_blocks, self.out_runs, hidden, residual, (skips[::-1],), *drops(slice(half + 1, -1))
+            "out_blocks", self.out_blocks, self.out_runs, hidden, residual, (skips[::-1],), *drops(slice(half + 1, -1))
         )
         x = self.norm(_add(residual, hidden, *drops(-1)))
         return layers.unpatched(self.head(x, condition), self.patch)
-
-    def layer_names(self) -> list[str]:
-        """Names of what is compiled, in order of execution: blocks in a row that differ in parameters alone are one."""
-        return [*_names("in_blocks", self.in_runs), "mid_block", *_names("out_blocks", self.out_runs)]
 
 
 def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, channels: int, patch: int) -> None:
     """Raises ValueError unless a denoiser of latents (B, H, W, channels) can take these."""
     shape = latents.shape
-    if len(shape) != 4 or shape[-1] != channels or min(shape) < 1 or shape[1] % patch or shape[2] % patch:
+    if len(shape) != 4 or shape[-1] != channels or min(shape[1:]) < 1 or shape[1] % patch or shape[2] % patch:
         raise ValueError(
             f"latents: expected shape (B, H, W, {channels}) with H and W divisible by patch = {patch}, got {shape}"
         )
@@ -211,12 +211,8 @@ def _runs(build: Callable[..., Block], chunks: Sequence[int | None]) -> tuple[Ru
     return tuple((graph_of(functools.partial(build, chunk=chunk)), length) for chunk, length in groups)
 
 
-def _names(stack: str, runs: Sequence[Run]) -> list[str]:
-    ends = list(itertools.accumulate(length for _, length in runs))
-    return [f"{stack} {end - length} to {end - 1}" for end, (_, length) in zip(ends, runs, strict=True)]
-
-
 def _run_blocks(
+    name: str,
     blocks: Block,
     runs: Sequence[Run],
     hidden: jax.Array,
@@ -240,7 +236,8 @@ def _run_blocks(
         # In a scan nothing can undo the recomputation, so that it needs no barriers against it.
         step = jax.checkpoint(step, prevent_cse=False) if remat else step
         part = jax.tree.map(lambda stack, start=start, stop=start + length: stack[start:stop], stacks)
-        (hidden, residual), output = jax.lax.scan(step, (hidden, residual), part)
+        with named_layer(f"{name} {start} to {start + length - 1}"):
+            (hidden, residual), output = jax.lax.scan(step, (hidden, residual), part)
         outputs.append(output)
         start += length
     return hidden, residual, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)

@@ -1,0 +1,21 @@
+"""Checks of the sizes of a network."""
+
+import math
+import numbers
+from typing import Any
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises ValueError, naming the argument, unless each is an integer >= 1, or a sequence of such; None passes."""
+    for name, value in counts.items():
+        for count in value if isinstance(value, list | tuple) else (value,):
+            is_count = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+            if value is not None and not (is_count and count >= 1):
+                raise ValueError(f"{name}: expected integers of at least 1, got {value}")
+
+
+def check_positive(**values: float) -> None:
+    """Raises ValueError, naming the argument, unless each is a finite number above 0."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a number above 0, got {value}")
