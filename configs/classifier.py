@@ -23,14 +23,81 @@ Any value can be set on the command line, such as --config.optimizer.learning_ra
 batch of 512 images and are scaled with the batch.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs import defaults
+
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+
+# Little data, few pixels, a CPU: float32, light augmentation, a moving average that forgets its start.
+_SMALL_IMAGES = {
+    "model.name": "gspn_nano",
+    "model.dtype": "float32",
+    "data.num_threads": 2,
+    "augmentation.crop": "padded",
+    "augmentation.randaugment_magnitude": 0.0,
+    "augmentation.color_jitter": 0.0,
+    "augmentation.erasing": 0.0,
+    "mixing.mixup": 0.0,
+    "mixing.cutmix": 0.0,
+    "optimizer.ema_decay": 0.998,
+    "optimizer.ema_warmup": True,
+    "batch_size": 128,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": _SMALL_IMAGES
+    | {
+        "data.name": "digits",
+        "data.image_size": 8,
+        "data.mean": (77.9, 77.9, 77.9),
+        "data.std": (95.9, 95.9, 95.9),
+        "model.stem_stride": 1,
+        "augmentation.crop_padding": 1,
+        "augmentation.flip": False,
+        "epochs": 20,
+        "optimizer.learning_rate": 8e-3,
+        "optimizer.warmup_epochs": 2.0,
+        "intervals.log_steps": 11,  # an epoch
+        "intervals.evaluate_epochs": 4.0,
+        "intervals.checkpoint_epochs": 4.0,
+    },
+    "fashion_mnist": _SMALL_IMAGES
+    | {
+        "data.name": "fashion_mnist",
+        "data.image_size": 28,
+        "data.mean": (72.94, 72.94, 72.94),
+        "data.std": (90.02, 90.02, 90.02),
+        "augmentation.crop_padding": 2,
+        "epochs": 15,
+        "optimizer.learning_rate": 4e-3,
+        "optimizer.warmup_epochs": 1.0,
+    },
+    "cifar10": _SMALL_IMAGES
+    | {
+        "data.name": "npz",
+        "data.path": "cifar10.npz",
+        "data.image_size": 32,
+        "data.mean": (125.307, 122.950, 113.866),
+        "data.std": (62.993, 62.089, 66.705),
+        "augmentation.crop_padding": 4,
+        "epochs": 30,
+        "optimizer.learning_rate": 4e-3,
+        "optimizer.warmup_epochs": 2.0,
+    },
+    "gspn_t": {"model.name": "gspn_t", "model.drop_path": 0.2},
+    "gspn_s": {
+        "model.name": "gspn_s",
+        "model.drop_path": 0.4,
+        "optimizer.learning_rate": 3e-4,
+        "optimizer.min_learning_rate": 3e-6,
+    },
+    "gspn_b": {"model.name": "gspn_b", "model.drop_path": 0.5, "batch_size": 1024},
+}
 
 
 def get_config(preset: str = "digits") -> Any:
@@ -39,32 +106,23 @@ def get_config(preset: str = "digits") -> Any:
     Raises:
         ValueError: unknown preset.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    config = _defaults()
-    PRESETS[preset](config)
-    return config.lock()
+    return defaults.preset_of(_defaults(), PRESETS, preset)
 
 
 def _defaults() -> Any:
-    config: Any = ConfigDict()
-    config.seed = 0
+    config = defaults.shared()
+    config.task = "classification"
     config.batch_size = 2048  # images per optimiser step, over all devices
-    config.accumulate = 1  # parts of a batch that are computed one after the other
     config.epochs = 300
-    config.steps = 0  # optimiser steps instead of epochs, where not 0
-    config.init_from = ""  # workdir to start from: what fits is loaded, a head of another size is replaced
     config.model = ConfigDict(
         {
             "name": "gspn_t",
             "mixer": "gspn",  # or "attention"
-            "alignment": "aligned",
             "drop_path": 0.0,
             "dtype": "bfloat16",  # of the computation; parameters are float32
-            "remat": False,  # blocks are computed again in the backward pass
-            "keep_states": True,  # of the propagation, for its gradient; else it is computed again
+            "remat": False,  # recomputes blocks in the backward pass instead of keeping their inner maps
             "activation": "none",  # between depthwise convolution and propagation; or "silu"
-            # Where not set: as the model's name says.
+            # Unless set, the model's preset decides.
             "widths": placeholder(tuple),
             "depths": placeholder(tuple),
             "global_stages": placeholder(tuple),
@@ -72,26 +130,19 @@ def _defaults() -> Any:
             "expansion": placeholder(float),
             "mlp_ratio": placeholder(float),
             "stem_stride": placeholder(int),
+            # Options of the GSPN mixer; unless set, its own defaults.
+            "alignment": placeholder(str),  # "aligned" or "unturned"
             "proxy_rank": placeholder(int),
             "weight_channels": placeholder(int),
             "propagation_channels": placeholder(int),
-            "implementation": placeholder(str),  # of the line scan; not set: the fastest that can run
-            "path": placeholder(str),  # of its kernels in propagation; not set: the cheapest by their table
+            "implementation": placeholder(str),  # of the propagation; unless set, the fastest that can run
+            "variant": placeholder(str),  # of its kernels; unless set, the cheapest by their table
+            "keep_states": placeholder(bool),  # of the propagation, for its gradient (the default); or recompute them
         }
     )
-    config.data = ConfigDict(
-        {
-            "name": "image_folder",
-            "path": "",
-            "image_size": 224,
-            "resize": 0,  # short side before the centre crop of evaluation; 0: image_size / 0.875, which is 256 for 224
-            "mean": IMAGENET_MEAN,  # per channel, of 0..255
-            "std": IMAGENET_STD,
-            "num_threads": 8,
-            "num_workers": 0,
-            "on_corrupt": "stop",  # or "drop"
-        }
-    )
+    config.data.update({"name": "image_folder", "image_size": 224})
+    config.data.mean = IMAGENET_MEAN  # per channel, on the 0..255 scale
+    config.data.std = IMAGENET_STD
     config.augmentation = ConfigDict(
         {
             "crop": "resized",
@@ -107,113 +158,15 @@ def _defaults() -> Any:
         }
     )
     config.mixing = ConfigDict({"mixup": 0.8, "cutmix": 1.0, "probability": 1.0, "switch": 0.5, "label_smoothing": 0.1})
-    config.optimizer = ConfigDict(
+    config.optimizer.update(
         {
             "learning_rate": 5e-4,
             "warmup_learning_rate": 5e-7,
             "min_learning_rate": 5e-6,
             "warmup_epochs": 20.0,
             "weight_decay": 0.05,
-            "b1": 0.9,
-            "b2": 0.999,
-            "eps": 1e-8,
             "clip": 5.0,
-            "ema_decay": 0.9999,
-            "ema_warmup": False,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "model": 1, "fsdp": False})
     config.intervals = ConfigDict({"log_steps": 50, "evaluate_epochs": 1.0, "checkpoint_epochs": 1.0})
-    config.keep = 3  # checkpoints
-    config.profile_steps = ""  # such as 10:15
-    config.compilation_cache = ""  # folder for compiled programs
     return config
-
-
-def _gspn_t(config: Any) -> None:
-    config.model.drop_path = 0.2
-
-
-def _gspn_s(config: Any) -> None:
-    config.model.name = "gspn_s"
-    config.model.drop_path = 0.4
-    config.optimizer.learning_rate = 3e-4
-    config.optimizer.min_learning_rate = 3e-6
-
-
-def _gspn_b(config: Any) -> None:
-    config.model.name = "gspn_b"
-    config.model.drop_path = 0.5
-    config.batch_size = 1024
-
-
-def _small_images(config: Any) -> None:
-    """Little data, few pixels, a CPU: float32, light augmentation, a moving average that forgets its start."""
-    config.model.name = "gspn_nano"
-    config.model.dtype = "float32"
-    config.data.num_threads = 2
-    config.augmentation.crop = "padded"
-    config.augmentation.flip = False
-    config.augmentation.randaugment_magnitude = 0.0
-    config.augmentation.color_jitter = 0.0
-    config.augmentation.erasing = 0.0
-    config.mixing.mixup = 0.0
-    config.mixing.cutmix = 0.0
-    config.optimizer.ema_decay = 0.998
-    config.optimizer.ema_warmup = True
-
-
-def _digits(config: Any) -> None:
-    _small_images(config)
-    config.data.name = "digits"
-    config.data.image_size = 8
-    config.model.stem_stride = 1
-    config.data.mean = (77.9, 77.9, 77.9)
-    config.data.std = (95.9, 95.9, 95.9)
-    config.augmentation.crop_padding = 1
-    config.batch_size = 128
-    config.epochs = 20
-    config.optimizer.learning_rate = 8e-3
-    config.optimizer.warmup_epochs = 2.0
-    config.intervals.log_steps = 11  # an epoch
-    config.intervals.evaluate_epochs = 4.0
-    config.intervals.checkpoint_epochs = 4.0
-
-
-def _fashion_mnist(config: Any) -> None:
-    _small_images(config)
-    config.data.name = "fashion_mnist"
-    config.data.image_size = 28
-    config.data.mean = (72.94, 72.94, 72.94)
-    config.data.std = (90.02, 90.02, 90.02)
-    config.augmentation.crop_padding = 2
-    config.augmentation.flip = True
-    config.batch_size = 128
-    config.epochs = 15
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.warmup_epochs = 1.0
-
-
-def _cifar10(config: Any) -> None:
-    _small_images(config)
-    config.data.name = "npz"
-    config.data.path = "cifar10.npz"
-    config.data.image_size = 32
-    config.data.mean = (125.307, 122.950, 113.866)
-    config.data.std = (62.993, 62.089, 66.705)
-    config.augmentation.crop_padding = 4
-    config.augmentation.flip = True
-    config.batch_size = 128
-    config.epochs = 30
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.warmup_epochs = 2.0
-
-
-PRESETS: dict[str, Callable[[Any], None]] = {
-    "digits": _digits,
-    "fashion_mnist": _fashion_mnist,
-    "cifar10": _cifar10,
-    "gspn_t": _gspn_t,
-    "gspn_s": _gspn_s,
-    "gspn_b": _gspn_b,
-}

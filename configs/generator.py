@@ -21,12 +21,48 @@ images at 1e-4, is --config.batch_size=1024 --config.optimizer.learning_rate=5e-
 --config.model.remat=True saves memory.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from configs import defaults
+
+_LATENTS = {"data.name": "latents", "data.image_size": 256}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "data.name": "digits",
+        "data.image_size": 8,
+        "data.num_threads": 2,
+        "augmentation.flip": False,
+        "objective": "linear",
+        "model.dtype": "float32",
+        "model.width": 96,
+        "model.depth": 4,
+        "model.global_blocks": (0, 1, 2, 3, 4),
+        "batch_size": 64,
+        "epochs": 75,
+        "optimizer.learning_rate": 1.6e-2,
+        "optimizer.min_learning_rate": 1e-5,
+        "optimizer.warmup_epochs": 2.0,
+        "optimizer.ema_decay": 0.995,
+        "optimizer.ema_warmup": True,
+        "intervals.log_steps": 44,
+        "intervals.evaluate_epochs": 25.0,
+        "intervals.checkpoint_epochs": 25.0,
+    },
+    "cifar10": {"data.path": "cifar10.npz"},
+    "gspn_b2": _LATENTS | {"model.name": "gspn_b2", "model.drop_path": 0.1},
+    "gspn_l2": _LATENTS | {"model.name": "gspn_l2", "model.drop_path": 0.1},
+    "gspn_xl2": _LATENTS | {"model.name": "gspn_xl2", "model.drop_path": 0.1},
+    "dit_b2": _LATENTS | {"model.name": "dit_b2"},
+    "dit_l2": _LATENTS | {"model.name": "dit_l2"},
+    "dit_xl2": _LATENTS | {"model.name": "dit_xl2"},
+    "sit_b2": _LATENTS | {"model.name": "dit_b2", "objective": "linear"},
+    "sit_l2": _LATENTS | {"model.name": "dit_l2", "objective": "linear"},
+    "sit_xl2": _LATENTS | {"model.name": "dit_xl2", "objective": "linear"},
+}
 
 
 def get_config(preset: str = "digits") -> Any:
@@ -35,32 +71,23 @@ def get_config(preset: str = "digits") -> Any:
     Raises:
         ValueError: unknown preset.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    config = _defaults()
-    PRESETS[preset](config)
-    return config.lock()
+    return defaults.preset_of(_defaults(), PRESETS, preset)
 
 
 def _defaults() -> Any:
-    config: Any = ConfigDict()
+    config = defaults.shared()
     config.task = "generation"
-    config.seed = 0
     config.batch_size = 256  # images per optimiser step, over all devices
-    config.accumulate = 1  # parts of a batch that are computed one after the other
     config.epochs = 80
-    config.steps = 0  # optimiser steps instead of epochs, where not 0
-    config.init_from = ""  # workdir to start from: what fits is loaded
     config.objective = "ddpm"  # or an interpolant: "linear", "gvp"
     config.label_dropout = 0.1
     config.model = ConfigDict(
         {
             "name": "gspn_s2",  # or dit_s2, ...
-            "mixer": placeholder(str),  # "gspn" or "attention"; not set: as the model's name says
-            "alignment": "aligned",
+            "mixer": placeholder(str),  # "gspn" or "attention"; unless set, the model's preset decides
             "dtype": "bfloat16",  # of the computation; parameters are float32
-            "remat": False,  # blocks are computed again in the backward pass
-            # Where not set: as the model's name says.
+            "remat": False,  # recomputes blocks in the backward pass instead of keeping their inner maps
+            # Unless set, the model's preset decides.
             "width": placeholder(int),
             "depth": placeholder(int),
             "patch": placeholder(int),
@@ -68,85 +95,25 @@ def _defaults() -> Any:
             "chunk": placeholder(int),
             "global_blocks": placeholder(tuple),
             "num_heads": placeholder(int),
+            # Options of the GSPN mixer; unless set, its own defaults.
+            "alignment": placeholder(str),  # "aligned" or "unturned"
             "proxy_rank": placeholder(int),
-            "implementation": placeholder(str),  # of the propagation; not set: the fastest that can run
-            "path": placeholder(str),  # of its kernels; not set: the cheapest by their table
+            "implementation": placeholder(str),  # of the propagation; unless set, the fastest that can run
+            "variant": placeholder(str),  # of its kernels; unless set, the cheapest by their table
+            "keep_states": placeholder(bool),  # of the propagation, for its gradient (the default); or recompute them
         }
     )
-    config.data = ConfigDict(
-        {
-            "name": "npz",
-            "path": "",
-            "image_size": 32,
-            "resize": 0,
-            "num_threads": 8,
-            "num_workers": 0,
-            "on_corrupt": "stop",  # or "drop"
-        }
-    )
+    config.data.update({"name": "npz", "image_size": 32})
     config.augmentation = ConfigDict({"crop": "none", "flip": True})
-    config.optimizer = ConfigDict(
+    config.optimizer.update(
         {
             "learning_rate": 2e-4,  # of a batch of 512: 1e-4 of 256
             "warmup_learning_rate": 0.0,
             "min_learning_rate": 2e-4,
             "warmup_epochs": 0.0,
             "weight_decay": 0.0,
-            "b1": 0.9,
-            "b2": 0.999,
-            "eps": 1e-8,
             "clip": 1.0,
-            "ema_decay": 0.9999,
-            "ema_warmup": False,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "model": 1, "fsdp": False})
     config.intervals = ConfigDict({"log_steps": 100, "evaluate_epochs": 5.0, "checkpoint_epochs": 1.0})
-    config.keep = 3  # checkpoints
-    config.profile_steps = ""  # such as 10:15
-    config.compilation_cache = ""  # folder for compiled programs
     return config
-
-
-def _digits(config: Any) -> None:
-    config.data.name = "digits"
-    config.data.image_size = 8
-    config.data.num_threads = 2
-    config.augmentation.flip = False
-    config.objective = "linear"
-    config.model.dtype = "float32"
-    config.model.width = 96
-    config.model.depth = 4
-    config.model.global_blocks = (0, 1, 2, 3, 4)
-    config.batch_size = 64
-    config.epochs = 75
-    config.optimizer.learning_rate = 1.6e-2
-    config.optimizer.min_learning_rate = 1e-5
-    config.optimizer.warmup_epochs = 2.0
-    config.optimizer.ema_decay = 0.995
-    config.optimizer.ema_warmup = True
-    config.intervals.log_steps = 44
-    config.intervals.evaluate_epochs = 25.0
-    config.intervals.checkpoint_epochs = 25.0
-
-
-def _cifar10(config: Any) -> None:
-    config.data.path = "cifar10.npz"
-
-
-def _imagenet(name: str, config: Any) -> None:
-    family, _, size = name.partition("_")
-    config.data.name = "latents"
-    config.data.image_size = 256
-    config.model.name = f"dit_{size}" if family == "sit" else name
-    if family == "sit":
-        config.objective = "linear"
-    if family == "gspn":
-        config.model.drop_path = 0.1
-
-
-PRESETS: dict[str, Callable[[Any], None]] = {"digits": _digits, "cifar10": _cifar10} | {
-    f"{family}_{size}": functools.partial(_imagenet, f"{family}_{size}")
-    for family in ("gspn", "dit", "sit")
-    for size in ("b2", "l2", "xl2")
-}

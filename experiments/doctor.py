@@ -14,7 +14,9 @@ import sys
 
 try:
     import jax
-    from absl import app, flags, logging
+    from absl import flags
+
+    from experiments import command_line
 except ImportError as missing:
     found = ".".join(map(str, sys.version_info[:2]))
     sys.exit(
@@ -24,12 +26,6 @@ except ImportError as missing:
 
 import pallas_kernels
 from experiments.machine import Machine, observe
-
-_MODEL = flags.DEFINE_string("model", "gspn_t", "Model whose layers are listed; empty for none.")
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Height and width, in pixels, of the images that it gets.", 1)
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "What it computes in.")
-_ASSUME_H200 = flags.DEFINE_bool("assume_h200", False, "Lists what its layers would run on with an NVIDIA H200.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images that it gets at a time.", 1)
 
 CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 OLDEST_CUDA13_DRIVER = 580  # major version of the first driver that runs CUDA 13
@@ -195,11 +191,9 @@ def describe_model(
         from gspn_jax import models
     except ImportError as missing:
         return [Finding(f"the models cannot be imported: {missing}. `make venv` installs what they need.")]
-    is_generator = name in (*models.GENERATORS, *models.DITS)
-    build = models.build_dit if name in models.DITS else models.build_generator if is_generator else models.build
-    model = nnx.eval_shape(lambda: build(name, num_classes=1000, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: models.create_model(name, num_classes=1000, dtype=dtype, rngs=nnx.Rngs(0)))
     inputs = [jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), "float32")]
-    if is_generator:  # latents have 1/8 of the image's side
+    if models.PRESETS[name].network != "classifier":  # latents have 1/8 of the image's side
         latents = (batch_size, image_size // 8, image_size // 8, 4)
         numbers = jax.ShapeDtypeStruct((batch_size,), "int32")
         inputs = [jax.ShapeDtypeStruct(latents, "float32"), numbers, numbers]
@@ -239,16 +233,21 @@ def report(
     return faults
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        faults = report(observe(), _MODEL.value, _IMAGE_SIZE.value, _BATCH_SIZE.value, _DTYPE.value, _ASSUME_H200.value)
-    except ValueError as error:  # of a flag: the model's name, or a size that it cannot take
-        sys.exit(f"doctor: {error}")
+def define_flags() -> None:
+    flags.DEFINE_string("model", "gspn_t", "Model whose layers are listed; empty for none.")
+    flags.DEFINE_integer("image_size", 224, "Height and width of the model's images, in pixels.", 1)
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Dtype that the model computes in.")
+    flags.DEFINE_bool("assume_h200", False, "Lists what the layers would run on with an NVIDIA H200.")
+    flags.DEFINE_integer("batch_size", 128, "Images at a time.", 1)
+
+
+def main() -> None:
+    chosen = flags.FLAGS
+    faults = report(
+        observe(), chosen.model, chosen.image_size, chosen.batch_size, chosen.dtype, assume_h200=chosen.assume_h200
+    )
     sys.exit(1 if faults else 0)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.start(main, define_flags)

@@ -1,24 +1,20 @@
-"""Top-1 and top-5 accuracy of a trained or converted classifier, of its parameters and of their moving average.
+"""Evaluates a trained or converted run: its parameters, and their moving average where it keeps one.
 
     python -m experiments.evaluate --workdir=runs/digits [--step=400] [--data_path=...]
 
-Writes `<workdir>/evaluation.json`. Takes whatever devices are there.
+Prints top-1 and top-5 accuracy, or the losses of a generator, and writes them to `<workdir>/evaluation.json`. Uses all
+devices.
 """
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from absl import flags, logging
 
-from experiments import classification, command_line
-from gspn_jax import data
-from gspn_jax.training import MeshOptions, load_parameters
-from gspn_jax.training.sharding import make_mesh, place_tree
+from experiments import command_line
+from gspn_jax import data, load_run
 
 RESULTS = "evaluation.json"
 
@@ -31,56 +27,47 @@ def run(
     num_threads: int = 8,
     on_corrupt: str | None = None,
     **data_changes: Any,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
     """Evaluates one checkpoint.
 
     Args:
         workdir: of a run, or of converted weights.
         step: None for the newest good checkpoint.
         batch_size: images at a time, over all devices; 0 takes that of the training, or 128.
-        num_threads: that read images.
+        num_threads: threads that read images.
         on_corrupt: "stop" or "drop" (and count) images that cannot be read; None does as the run did, or stops.
         data_changes: name, path, image_size, resize other than those of the run; None and "" change nothing. Another
-            image_size alone takes the resize that goes with it.
+            image_size without a resize takes the resize that goes with it.
 
     Returns:
-        workdir, step, data, and top1, top5, loss, images; those of the moving average with the prefix `ema_`.
+        workdir, step, data and the numbers of the evaluation, those of the moving average with the prefix `ema_`; and
+        the lines to print.
 
     Raises:
         ValueError, OSError, CheckpointError: in one line, what is wrong.
     """
-    params, meta = load_parameters(workdir, step, ema=False)
+    loaded = load_run(workdir, step=step, parameters="raw")
     changes = {name: value for name, value in data_changes.items() if value not in (None, "")}
     if "image_size" in changes:
         changes = {"resize": 0, **changes}
-    meta["data"] = meta["data"] | changes
-    dataset = data.load(meta["data"]["name"], meta["data"]["path"] or None)
-    if dataset.num_classes != meta["num_classes"]:
-        raise ValueError(f"data: expected {meta['num_classes']} classes, as the model has, got {dataset.num_classes}")
-    task = classification.make_task(meta)
-    batch_size = batch_size or meta.get("config", {}).get("batch_size", 128)
-    evaluate = classification.make_evaluate(
-        task,
-        dataset.test,
-        meta,
-        batch_size=batch_size,
-        num_threads=num_threads,
-        on_corrupt=on_corrupt or meta.get("config", {}).get("data", {}).get("on_corrupt", "stop"),
-    )
-    mesh = make_mesh(MeshOptions())
-    with jax.set_mesh(mesh):
-        numbers = evaluate(_everywhere(params, mesh))
-        average, found = load_parameters(workdir, meta["step"], ema=True)
-        if found["ema"]:
-            numbers |= {f"ema_{name}": value for name, value in evaluate(_everywhere(average, mesh)).items()}
-    results = {"workdir": str(workdir), "step": meta["step"], "data": meta["data"], **numbers}
-    if jax.process_index() == 0:
-        (Path(workdir) / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
-    return results
-
-
-def _everywhere(params: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
-    return place_tree(params, jax.tree.map(lambda _: NamedSharding(mesh, P()), params))
+    described = loaded.description["data"]
+    described.update(changes)
+    dataset = data.load(described["name"], described["path"] or None)
+    if dataset.num_classes != loaded.num_classes:
+        raise ValueError(f"data: expected {loaded.num_classes} classes, as the model has, got {dataset.num_classes}")
+    config = loaded.description.get("config", {})
+    numbers: dict[str, Any] = {}
+    for weights in loaded.weights:
+        found = loaded.evaluate(
+            dataset.test,
+            weights=weights,
+            batch_size=batch_size or config.get("batch_size", 128),
+            num_threads=num_threads,
+            on_corrupt=on_corrupt or config.get("data", {}).get("on_corrupt", "stop"),
+        )
+        numbers |= {f"ema_{name}" if weights == "ema" else name: value for name, value in found.items()}
+    results = {"workdir": str(workdir), "step": loaded.step, "data": described, **numbers}
+    return results, [f"step {loaded.step}, {numbers['images']} images", *loaded.summary(numbers)]
 
 
 def define_flags() -> None:
@@ -95,11 +82,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("resize", None, "Short side before the centre crop; 0: image size / 0.875.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv:
-        raise ValueError(f"expected flags only, got {' '.join(argv)}")
+def main() -> None:
     values = flags.FLAGS
-    results = run(
+    results, lines = run(
         values.workdir,
         values.step,
         batch_size=values.batch_size,
@@ -111,7 +96,12 @@ def main(argv: Sequence[str]) -> None:
         resize=values.resize,
     )
     if jax.process_index() == 0:
-        print(f"step {results['step']}, {results['images']} images", *classification.accuracy_lines(results), sep="\n")
+        print(*lines, sep="\n", flush=True)
+        try:
+            text = json.dumps(results, indent=2, allow_nan=False)
+            (Path(values.workdir) / RESULTS).write_text(text + "\n")
+        except OSError as error:
+            logging.warning("%s/%s is not written: %s", values.workdir, RESULTS, error.strerror or error)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,14 @@
-"""The likeliest classes of pictures.
+"""Prints the most probable classes of images. Photographs are turned upright by their EXIF data.
 
-python -m experiments.predict --workdir=runs/digits picture.png [more.jpg ...]
+python -m experiments.predict --workdir=runs/digits image.png [more.jpg ...]
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from experiments import classification, command_line
-from gspn_jax import data
-from gspn_jax.data.sources.protocol import FileSource
-from gspn_jax.training import load_parameters
-
-
-class _Files(FileSource):
-    """Named files, without labels."""
-
-    def __init__(self, paths: Sequence[str]):
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def encoded(self, index: int, /) -> tuple[bytes, int]:
-        return Path(self._paths[index]).read_bytes(), 0
-
-    def describe(self, index: int, /) -> str:
-        return str(self._paths[index])
-
-
-def run(workdir: str, paths: Sequence[str], *, step: int | None = None, top: int = 5) -> list[list[tuple[str, float]]]:
-    """Returns, for each picture, its `top` classes as (name, probability), likeliest first.
-
-    Args:
-        workdir: of a run, or of converted weights; the moving average is used where there is one.
-        paths: image files of any size.
-        step: None for the newest good checkpoint.
-        top: how many classes.
-
-    Raises:
-        ValueError, OSError, CheckpointError: in one line, what is wrong.
-    """
-    if not paths:
-        raise ValueError("paths: expected at least one image file, got none")
-    params, meta = load_parameters(workdir, step)
-    task = classification.make_task(meta)
-    count = min(top, meta["num_classes"])
-    if count < 1:
-        raise ValueError(f"top: expected an integer >= 1, got {top}")
-    batches = data.evaluation_batches(
-        _Files(paths),
-        batch_size=min(len(paths), 32),
-        image_size=meta["data"]["image_size"],
-        resize=meta["data"]["resize"] or None,
-        num_threads=1,
-    )
-    likeliest = jax.jit(lambda params, images: jax.lax.top_k(jax.nn.softmax(task.logits(params, images)), count))
-    params = jax.tree.map(jnp.asarray, params)
-    answers: list[list[tuple[str, float]]] = []
-    for batch in batches:
-        shares, classes = jax.device_get(likeliest(params, jnp.asarray(batch["image"])))
-        for row in np.flatnonzero(batch["mask"]):
-            names = [meta["class_names"][number] for number in classes[row]]
-            answers.append([(name, float(share)) for name, share in zip(names, shares[row], strict=True)])
-    return answers
+from experiments import command_line
+from gspn_jax import load_run
 
 
 def define_flags() -> None:
@@ -76,13 +17,14 @@ def define_flags() -> None:
     flags.DEFINE_integer("top", 5, "How many classes to show.")
 
 
-def main(argv: Sequence[str]) -> None:
-    answers = run(flags.FLAGS.workdir, argv, step=flags.FLAGS.step, top=flags.FLAGS.top)
-    for path, classes in zip(argv, answers, strict=True):
+def main(paths: Sequence[str]) -> None:
+    values = flags.FLAGS
+    answers = load_run(values.workdir, step=values.step, task="classification").predict(list(paths), top=values.top)
+    for path, classes in zip(paths, answers, strict=True):
         print(path)
         for name, share in classes:
             print(f"  {100 * share:6.2f}%  {name}")
 
 
 if __name__ == "__main__":
-    command_line.start(main, define_flags)
+    command_line.start(main, define_flags, positional="IMAGE")

@@ -7,24 +7,27 @@ A run found in the workdir is continued. On several processes: the same command 
 environment (SLURM, Open MPI, Cloud TPU) or with --coordinator_address, --num_processes and --process_id.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import classification, command_line, generation
+from experiments import command_line, settings
 from gspn_jax import data
+from gspn_jax.runs import Run, make_evaluate, start_from, upgraded
 from gspn_jax.training import Result, train
 
 
-def run(config: Any, workdir: str) -> Result:
+def run(config: Any, workdir: str) -> tuple[Run, Result]:
     """Trains what a configuration says.
 
     Args:
-        config: as `configs/classifier.py` or `configs/generator.py` makes it.
+        config: from `configs/classifier.py` or `configs/generator.py`.
         workdir: folder of checkpoints, metrics and events.
+
+    Returns:
+        The run that was trained, and its state and last evaluation.
 
     Raises:
         ValueError, OSError, CheckpointError, NonFinite: in one line, what is wrong.
@@ -32,41 +35,37 @@ def run(config: Any, workdir: str) -> Result:
     """
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    classification.check_sizes(config)
+    settings.check_sizes(config)
     dataset = data.load(config.data.name, config.data.path or None)
-    family: Any = generation if is_generation(config) else classification
-    meta = family.describe(config, dataset)
-    epoch = classification.steps_per_epoch(config, dataset.train)
-    options = classification.train_options(config, epoch, workdir)
-    task = family.make_training_task(meta, config)
-    batches = classification.training_batches(config, dataset.train)
+    made = settings.make_run(config, dataset)
+    epoch = settings.steps_per_epoch(config, dataset.train)
+    options = settings.train_options(config, epoch, workdir)
+    task = made.make_task(**settings.task_options(config))
+    batches = settings.training_batches(config, dataset.train)
     try:
-        return train(
+        result = train(
             task,
             batches,
             options=options,
-            optimizer=classification.optimizer_options(config, epoch, options.num_steps),
-            evaluate=family.make_evaluate(
+            optimizer=settings.optimizer_options(config, epoch, options.num_steps),
+            evaluate=make_evaluate(
                 task,
                 dataset.test,
-                meta,
+                made.description,
                 batch_size=config.batch_size,
                 num_threads=config.data.num_threads,
                 num_workers=config.data.num_workers,
                 on_corrupt=config.data.on_corrupt,
             ),
-            meta=meta,
-            free_keys=family.FREE_KEYS,
-            initial=classification.start_from(config.init_from, meta, family.differences) if config.init_from else None,
-            report=family.layer_lines(meta, config.batch_size // config.accumulate),
+            description=made.description,
+            upgrade=upgraded,
+            free_keys=settings.FREE_KEYS,
+            initial=start_from(config.init_from, made) if config.init_from else None,
+            report=made.layer_report(config.batch_size // config.accumulate),
         )
     finally:
         batches.close()
-
-
-def is_generation(config: Any) -> bool:
-    """Whether the configuration says so; a classifier's says nothing."""
-    return config.get("task") == "generation"
+    return made, result
 
 
 def define_flags() -> None:
@@ -75,13 +74,10 @@ def define_flags() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv:
-        raise ValueError(f"expected flags only, got {' '.join(argv)}")
-    result = run(flags.FLAGS.config, flags.FLAGS.workdir)
+def main() -> None:
+    made, result = run(flags.FLAGS.config, flags.FLAGS.workdir)
     if jax.process_index() == 0:
-        lines = generation.lines_of if is_generation(flags.FLAGS.config) else classification.accuracy_lines
-        print(*lines(result.evaluation), sep="\n")
+        print(*made.summary(result.evaluation), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,49 @@
 """Classifier-free guidance (arXiv 2207.12598) of a class-conditional denoiser."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-ConditionalDenoiser = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+ConditionalDenoiser = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
 def guided(
     denoiser: ConditionalDenoiser,
-    labels: jax.Array,
+    condition: Any,
     *,
     scale: float = 1.0,
-    no_class: int,
+    no_class: Any,
     interval: tuple[float, float] | None = None,
     channels: int | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The denoiser of (x_t, time) for these classes: unguided + scale (conditional - unguided).
+    """Returns the guided denoiser of (x_t, time): unconditional + scale (conditional - unconditional).
 
     Args:
-      denoiser: of (x_t (B, ..., C), time (B,), labels (B,)).
-      labels: (B,) int.
-      scale: 1 for the conditional prediction alone, which then costs one call of half the batch.
-      no_class: the label of the unconditional prediction.
-      interval: times, as the denoiser is told them, between which guidance acts (arXiv 2404.07724); elsewhere the
-        conditional prediction is taken. None: always.
-      channels: the first channels of the prediction that are guided, the rest being the conditional ones: 3 is what
-        DiT's program does. None: as many as x_t has; what is said of a variance is never guided.
+        denoiser: called as denoiser(x_t (B, ..., C), time (B,), condition).
+        condition: what the samples shall be: labels (B,), or any tree of arrays (B, ...).
+        scale: 1 for the conditional prediction only, which then costs one call with half the batch.
+        no_class: the condition of the unconditional prediction: a tree like `condition`, whose leaves broadcast to its
+            leaves; for labels an integer.
+        interval: times, as the denoiser gets them, between which guidance acts (arXiv 2404.07724). Outside it the
+            conditional prediction is taken. None: always.
+        channels: how many of the first channels are guided: 3 is what DiT's program does. None: as many as x_t has.
+            Variance channels are never guided.
+
+    Raises:
+        ValueError: the interval is reversed.
     """
     if interval is not None and not interval[0] <= interval[1]:
         raise ValueError(f"interval: expected a smaller and a larger time, got {interval}")
     if scale == 1:
-        return lambda x, time: denoiser(x, time, labels)
+        return lambda x, time: denoiser(x, time, condition)
 
-    def of_both(x: jax.Array, time: jax.Array) -> jax.Array:
-        both = jnp.concatenate([labels, jnp.full_like(labels, no_class)])
+    def guided_denoiser(x: jax.Array, time: jax.Array) -> jax.Array:
+        both = jax.tree.map(
+            lambda leaf, none: jnp.concatenate([leaf, jnp.broadcast_to(jnp.asarray(none, leaf.dtype), leaf.shape)]),
+            condition, no_class,
+        )  # fmt: skip
         output = denoiser(jnp.concatenate([x, x]), jnp.concatenate([time, time]), both)
         conditional, unconditional = jnp.split(output, 2)
         count = x.shape[-1] if channels is None else channels
@@ -44,4 +52,4 @@ def guided(
         mixed = unconditional + strength * (conditional - unconditional)
         return jnp.concatenate([mixed[..., :count], conditional[..., count:]], axis=-1)
 
-    return of_both
+    return guided_denoiser

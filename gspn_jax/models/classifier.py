@@ -131,7 +131,9 @@ class Classifier(nnx.Module):
         check_counts(num_classes=num_classes, widths=widths, depths=depths, chunk=chunk)
         check_positive(expansion=expansion, mlp_ratio=mlp_ratio)
         if round(min(widths) * expansion) < 1 or round(min(widths) * mlp_ratio) < 1:
-            raise ValueError(f"expansion, mlp_ratio: expected at least one channel of {min(widths)}, got {expansion}, {mlp_ratio}")
+            raise ValueError(
+                f"expansion, mlp_ratio: expected at least one channel of {min(widths)}, got {expansion}, {mlp_ratio}"
+            )
         if widths[0] < 2:
             raise ValueError(f"widths: expected at least 2 channels in the first stage, got {tuple(widths)}")
         if not set(global_stages) <= set(range(len(widths))):

@@ -63,7 +63,9 @@ def _proxy(width: int) -> dict[str, dict[str, Any]]:
 NETWORKS = {
     "classifier": Network(Classifier, mixer="gspn"),
     "generator": Network(Generator, mixer="gspn", mixer_defaults=_proxy),
-    "dit": Network(DiT, mixer="attention", mixer_defaults=lambda width: {**_proxy(width), "attention": {"use_bias": True}}),
+    "dit": Network(
+        DiT, mixer="attention", mixer_defaults=lambda width: {**_proxy(width), "attention": {"use_bias": True}}
+    ),
 }
 
 

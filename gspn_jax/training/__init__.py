@@ -5,12 +5,12 @@ Exports: `train` and what it takes and raises; `Classification`, the task of ima
 """
 
 from gspn_jax.training.checkpoint import CheckpointError, load_parameters, save_parameters
-from gspn_jax.training.tasks.classification import Classification
 from gspn_jax.training.loop import NonFinite, Preempted, Result, train
 from gspn_jax.training.mixing import MixingOptions
 from gspn_jax.training.optimizer import OptimizerOptions
 from gspn_jax.training.options import TrainOptions
 from gspn_jax.training.sharding import MeshOptions
+from gspn_jax.training.tasks.classification import Classification
 
 __all__ = [
     "CheckpointError",

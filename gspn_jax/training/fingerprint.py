@@ -4,6 +4,7 @@ The sum over all positions of bits * weight(position), modulo 2^32. Weights are 
 word shows; integer sums do not depend on their order, so neither does the result on sharding or device count.
 """
 
+import hashlib
 import math
 from typing import Any
 
@@ -54,3 +55,11 @@ def _words(leaf: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(leaf, jnp.uint32)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]
     return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+
+
+def sha256_of_arrays(tree: Any) -> str:
+    """Returns the SHA-256 of all bytes of a tree of host arrays, in the order of its leaves."""
+    total = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        total.update(np.ascontiguousarray(leaf))
+    return total.hexdigest()

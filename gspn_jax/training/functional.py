@@ -36,10 +36,14 @@ class Functional:
         _, state = nnx.split(self._build(nnx.Rngs(key)))
         return to_nested({_names(path): variable.get_value() for path, variable in nnx.to_flat_state(state)})
 
+    def merge(self, params: Parameters) -> nnx.Module:
+        """Returns the module with `params` in it."""
+        flat = [(path, variable.replace(_at(params, _names(path)))) for path, variable in self._variables.items()]
+        return nnx.merge(self._graphdef, nnx.from_flat_state(flat))
+
     def apply(self, params: Parameters, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Calls the module, or one of its methods, with `params` in it."""
-        flat = [(path, variable.replace(_at(params, _names(path)))) for path, variable in self._variables.items()]
-        return getattr(nnx.merge(self._graphdef, nnx.from_flat_state(flat)), method)(*args, **kwargs)
+        return getattr(self.merge(params), method)(*args, **kwargs)
 
 
 def to_nested(flat: dict[tuple[str, ...], Any]) -> dict[str, Any]:

@@ -22,9 +22,7 @@ class Task(Protocol):
         """Returns fresh parameters: a nested dict of float32 arrays. Traceable."""
         ...
 
-    def loss(
-        self, params: Parameters, batch: dict[str, Any], key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, params: Parameters, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the mean loss, () float32, and further numbers to report. Traceable."""
         ...
 

@@ -52,13 +52,14 @@ class Classification:
 
     def logits(self, params: Parameters, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Returns (B, num_classes) logits of (B, H, W, C) images on the 0..255 scale. Traceable."""
-        return self._module.apply(params, self._normalised(images), key=key)
+        return self._module.apply(params, self.normalised(images), key=key)
 
     def features(self, params: Parameters, images: jax.Array) -> jax.Array:
         """Returns (B, F) float32, what the head sees, of (B, H, W, C) images on the 0..255 scale. Traceable."""
-        return self._module.apply(params, self._normalised(images), method="features")
+        return self._module.apply(params, self.normalised(images), method="features")
 
-    def _normalised(self, images: jax.Array) -> jax.Array:
+    def normalised(self, images: jax.Array) -> jax.Array:
+        """Returns (B, H, W, C) float32 as the module takes it, of images on the 0..255 scale. Traceable."""
         mean, std = (jnp.asarray(value).reshape(1, 1, 1, -1) for value in (self._mean, self._std))
         return (images.astype(jnp.float32) - mean) / std
 

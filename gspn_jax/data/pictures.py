@@ -1,0 +1,63 @@
+"""Single pictures, given as arrays, Pillow images or files, prepared as the evaluation pipeline prepares its images."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from gspn_jax.data import crops
+from gspn_jax.data.decoding import CorruptImage, open_picture
+
+_ORIENTATION = 0x0112  # tag of EXIF
+
+
+def read_picture(image: Any) -> Image.Image:
+    """Returns a picture, upright by its EXIF data.
+
+    Args:
+        image: uint8 array (H, W, 3) or (H, W), Pillow image, or path of an image file.
+
+    Raises:
+        CorruptImage: it is no image; the message does not name it.
+    """
+    if isinstance(image, str | os.PathLike):
+        path = Path(image)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CorruptImage("expected a regular file")
+        try:
+            picture = open_picture(path.read_bytes())
+        except OSError as error:
+            raise CorruptImage(f"cannot be read ({error.strerror or error})") from error
+    elif isinstance(image, Image.Image):
+        picture = image
+    else:
+        array = np.asarray(image)
+        if (
+            array.dtype != np.uint8
+            or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] == 3)
+            or not array.size
+        ):
+            raise CorruptImage(f"expected uint8 (H, W, 3) or (H, W), got {array.dtype} {array.shape}")
+        picture = Image.fromarray(array)
+    try:
+        is_turned = picture.getexif().get(_ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(picture) if is_turned else picture
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CorruptImage(f"cannot be decoded ({error})") from error
+
+
+def prepare_picture(picture: Image.Image, size: int, resize: int | None = None) -> np.ndarray:
+    """Returns a picture resized and centre cropped: uint8 (size, size, 3).
+
+    Args:
+        picture: of any mode and size.
+        size: side of the result, in pixels.
+        resize: short side before the crop; None for size / 0.875, except that a picture of the right size is kept.
+
+    Raises:
+        CorruptImage: the picture cannot be decoded.
+    """
+    box = crops.centre_box((picture.height, picture.width), (size, size), resize)
+    return np.asarray(crops.resample(picture, box, (size, size)))
