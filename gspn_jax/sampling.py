@@ -235,9 +235,8 @@ class ImageSampler:
         """Raises ValueError for maps that the network does not take, before anything is drawn."""
         number = jax.ShapeDtypeStruct((1,), jnp.int32)
         try:
-            jax.eval_shape(
-                self.task.denoise, params, jax.ShapeDtypeStruct((1, *self._drawn), jnp.float32), number, number
-            )
+            maps = jax.ShapeDtypeStruct((1, *self._drawn), jnp.float32)
+            jax.eval_shape(self.task.denoise, params, maps, number, number)
         except ValueError as error:
             raise ValueError(f"image_size: {self.shape[0]}, {self.shape[1]}: {error}") from error
 

@@ -34,11 +34,8 @@ def read_picture(image: Any) -> Image.Image:
         picture = image
     else:
         array = np.asarray(image)
-        if (
-            array.dtype != np.uint8
-            or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] == 3)
-            or not array.size
-        ):
+        is_picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+        if array.dtype != np.uint8 or not is_picture or not array.size:
             raise CorruptImage(f"expected uint8 (H, W, 3) or (H, W), got {array.dtype} {array.shape}")
         picture = Image.fromarray(array)
     try:

@@ -15,7 +15,15 @@ from flax import nnx
 from gspn_jax.mixers.attention import SoftmaxAttention
 from gspn_jax.mixers.gspn import GSPNMixer
 
-__all__ = ["MIXERS", "GSPNMixer", "MixerBuilder", "SoftmaxAttention", "mixer_builder", "mixer_options"]
+__all__ = [
+    "MIXERS",
+    "GSPNMixer",
+    "MixerBuilder",
+    "SoftmaxAttention",
+    "call_parameters",
+    "mixer_builder",
+    "mixer_options",
+]
 
 MixerBuilder = Callable[..., nnx.Module]  # called as builder(features, chunk=..., dtype=..., rngs=...)
 
@@ -37,9 +45,19 @@ def find_mixer(mixer: str | MixerBuilder) -> MixerBuilder:
     return MIXERS[mixer]
 
 
+def call_parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Returns the parameters of a function, class or `functools.partial` by name."""
+    while isinstance(build, functools.partial):
+        build = build.func
+    if not isinstance(build, type):
+        return dict(inspect.signature(build).parameters)
+    # Not the signature of the class: NNX modules hide theirs behind (*args, **kwargs).
+    return dict(list(inspect.signature(build.__init__).parameters.items())[1:])
+
+
 def mixer_options(mixer: str | MixerBuilder) -> tuple[frozenset[str], bool]:
     """Returns the options of a mixer that a network leaves open, and whether it takes any others too (`**options`)."""
-    parameters = inspect.signature(find_mixer(mixer)).parameters.values()
+    parameters = call_parameters(find_mixer(mixer)).values()
     names = frozenset(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
     return names - set(_GIVEN), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -55,7 +73,7 @@ def mixer_builder(mixer: str | MixerBuilder, options: Mapping[str, Any] | None =
         ValueError: the name is not known.
     """
     build = functools.partial(find_mixer(mixer), **(options or {}))
-    parameters = inspect.signature(build).parameters
+    parameters = call_parameters(build)
     if "chunk" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return build
 

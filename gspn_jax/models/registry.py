@@ -3,14 +3,13 @@
 import dataclasses
 import difflib
 import fnmatch
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from gspn_jax.mixers import MIXERS, MixerBuilder, mixer_builder, mixer_options
+from gspn_jax.mixers import MIXERS, MixerBuilder, call_parameters, mixer_builder, mixer_options
 from gspn_jax.models.classifier import Classifier
 from gspn_jax.models.dit import DiT
 from gspn_jax.models.generator import Generator
@@ -35,7 +34,7 @@ class Network:
     @property
     def options(self) -> list[str]:
         """Names of the options that the network itself takes."""
-        return [name for name in inspect.signature(self.build).parameters if name not in _GIVEN]
+        return [name for name in call_parameters(self.build) if name not in _GIVEN]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +55,9 @@ class Preset:
 _GIVEN = ("num_classes", "mixer", "rngs")
 
 
+_BIAS = {"attention": {"use_bias": True}}
+
+
 def _proxy(width: int) -> dict[str, dict[str, Any]]:
     return {"gspn": {"proxy_rank": max(width // 16, 1)}}
 
@@ -63,9 +65,7 @@ def _proxy(width: int) -> dict[str, dict[str, Any]]:
 NETWORKS = {
     "classifier": Network(Classifier, mixer="gspn"),
     "generator": Network(Generator, mixer="gspn", mixer_defaults=_proxy),
-    "dit": Network(
-        DiT, mixer="attention", mixer_defaults=lambda width: {**_proxy(width), "attention": {"use_bias": True}}
-    ),
+    "dit": Network(DiT, mixer="attention", mixer_defaults=lambda width: _proxy(width) | _BIAS),
 }
 
 
@@ -175,7 +175,7 @@ def build_network(
     except TypeError as error:
         missing = [
             name
-            for name, parameter in inspect.signature(found.build).parameters.items()
+            for name, parameter in call_parameters(found.build).items()
             if parameter.default is parameter.empty and name not in (*_GIVEN, *for_network)
         ]
         if not missing:

@@ -1,16 +1,17 @@
 """Checks of the sizes of a network."""
 
 import math
-import numbers
 from typing import Any
+
+import numpy as np
 
 
 def check_counts(**counts: Any) -> None:
     """Raises ValueError, naming the argument, unless each is an integer >= 1, or a sequence of such; None passes."""
     for name, value in counts.items():
         for count in value if isinstance(value, list | tuple) else (value,):
-            is_count = isinstance(count, numbers.Integral) and not isinstance(count, bool)
-            if value is not None and not (is_count and count >= 1):
+            is_integer = isinstance(count, int | np.integer) and not isinstance(count, bool)
+            if value is not None and not (is_integer and count >= 1):
                 raise ValueError(f"{name}: expected integers of at least 1, got {value}")
 
 
