@@ -27,7 +27,7 @@ from gspn_jax.training import (
     TrainOptions,
     load_parameters,
 )
-from gspn_jax.training.checkpoint import Checkpoints
+from gspn_jax.training.checkpoints import Checkpoints
 from gspn_jax.training.state import Parameters
 from gspn_jax.training.transfer import fit
 
