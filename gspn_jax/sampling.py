@@ -14,7 +14,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from gspn_jax.diffusion import Interpolant, SampleNoise, guided, interpolant_samplers, samplers
-from gspn_jax.training.fingerprint import sha256_of_arrays
+from gspn_jax.training.checkpoints.fingerprint import sha256_of_arrays
 from gspn_jax.training.sharding import local_mesh, pad_rows, place_batch, replicate
 from gspn_jax.training.state import Parameters
 from gspn_jax.training.tasks.generation import Generation

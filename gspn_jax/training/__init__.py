@@ -1,10 +1,10 @@
 """Training: one loop for every task, its optimiser, sharding, checkpoints and reports.
 
-Exports: `train` and what it takes and raises; `Classification`, the task of image classification; `load_parameters` and
-`save_parameters`, which read and make working directories.
+Exports `train`, its options and its errors; the task `Classification`; `load_parameters`, `load_both` and
+`save_parameters`, which read and write working directories.
 """
 
-from gspn_jax.training.checkpoint import CheckpointError, load_parameters, save_parameters
+from gspn_jax.training.checkpoints import CheckpointError, load_both, load_parameters, save_parameters
 from gspn_jax.training.loop import NonFinite, Preempted, Result, train
 from gspn_jax.training.mixing import MixingOptions
 from gspn_jax.training.optimizer import OptimizerOptions
@@ -22,6 +22,7 @@ __all__ = [
     "Preempted",
     "Result",
     "TrainOptions",
+    "load_both",
     "load_parameters",
     "save_parameters",
     "train",

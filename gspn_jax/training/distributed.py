@@ -1,4 +1,4 @@
-"""Several processes, and being asked to stop."""
+"""Runs of several processes, and SIGTERM."""
 
 import os
 import signal
@@ -9,8 +9,8 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-# How launchers say how many processes there are: srun, mpirun, and comma-separated TPU hosts. SLURM_NTASKS is not one:
-# it is also set in the shell of an allocation, where a command is alone.
+# Variables in which launchers give the number of processes: srun, mpirun, and comma-separated TPU hosts. SLURM_NTASKS
+# is not used: it is also set in the shell of an allocation, where a command runs as one process.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _HOSTS = "TPU_WORKER_HOSTNAMES"
 
@@ -18,13 +18,15 @@ _HOSTS = "TPU_WORKER_HOSTNAMES"
 def initialise(
     coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the other processes, if there are any. Call before anything touches a device.
+    """Joins the other processes of a run, if there are any. Call it before anything uses a device.
+
+    Without arguments, the launcher's environment decides (SLURM, Open MPI, Cloud TPU); without a launcher, the run has
+    one process.
 
     Args:
-        coordinator_address: host:port of process 0; together with the other two, or none of them: then the launcher's
-            environment decides (SLURM, Open MPI, Cloud TPU), and without one this process is alone.
-        num_processes: how many there are.
-        process_id: which one this is, from 0.
+        coordinator_address: host:port of process 0; needs the other two arguments.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
 
     Raises:
         ValueError: only some of the three are given, or they contradict each other.
@@ -53,7 +55,7 @@ def _launched_with_others(environment: os._Environ[str] | dict[str, str]) -> boo
 class StopSignal:
     """Watches for SIGTERM while in its `with` block.
 
-    With several processes the step to stop at is agreed between them by JAX, whose own handler must then stay in place.
+    With several processes JAX agrees with all of them on the step to stop at; its own signal handler must stay.
     """
 
     def __init__(self) -> None:
@@ -76,7 +78,7 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._before)
 
     def asked(self, step: int) -> bool:
-        """Returns whether to stop after `step`. With several processes every one must ask at every step."""
+        """Returns whether to stop after `step`. With several processes, all of them must ask at every step."""
         if self._together:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received.is_set()

@@ -1,6 +1,6 @@
 """An NNX module as two pure functions on a nested dict of arrays with string keys.
 
-Checkpoints and the loop see only the dict, so that neither depends on NNX classes.
+Checkpoints and the loop see only the dict and do not depend on NNX.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ class Functional:
     """Init and apply of the module that `build` makes.
 
     Args:
-        build: makes the module from NNX rngs; all its variables must be `nnx.Param`.
+        build: NNX rngs -> module; all variables of the module must be `nnx.Param`.
 
     Raises:
-        ValueError: the module holds state of another kind, which a pure function would lose.
+        ValueError: the module has other variables, whose changes a pure function would lose.
     """
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
@@ -42,7 +42,7 @@ class Functional:
         return nnx.merge(self._graphdef, nnx.from_flat_state(flat))
 
     def apply(self, params: Parameters, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        """Calls the module, or one of its methods, with `params` in it."""
+        """Returns the result of the module, or of one of its methods, with these parameters."""
         return getattr(self.merge(params), method)(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: one for every task.
+"""The training loop of every task.
 
 It knows no model and no dataset: a task gives parameters and a loss, an iterator gives batches, a callable evaluates.
 """
@@ -16,10 +16,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gspn_jax.training import record as records
-from gspn_jax.training.checkpoint import Checkpoints
+from gspn_jax import folder_lock
+from gspn_jax.training.checkpoints import Checkpoints
+from gspn_jax.training.checkpoints import record as records
+from gspn_jax.training.checkpoints.fingerprint import leaves_by_path
 from gspn_jax.training.distributed import StopSignal
-from gspn_jax.training.fingerprint import leaves_by_path
 from gspn_jax.training.metrics import Clock, Means, Metrics, duration
 from gspn_jax.training.optimizer import OptimizerOptions, make_optimizer
 from gspn_jax.training.options import TrainOptions
@@ -32,15 +33,8 @@ from gspn_jax.training.sharding import (
     tree_shardings,
 )
 from gspn_jax.training.state import Parameters, TrainState, initial_state, parameter_count
-from gspn_jax.training.step import Loss, make_step
-
-
-class Task(Protocol):
-    """What is trained; see `Classification`."""
-
-    def init(self, key: jax.Array) -> Parameters: ...
-
-    loss: Loss
+from gspn_jax.training.step import make_step
+from gspn_jax.training.tasks import Task
 
 
 class Batches(Protocol):
@@ -61,14 +55,16 @@ class NonFinite(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """SIGTERM came; the state is saved."""
+    """SIGTERM came, and the state was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Attributes:
-    state: after the last step.
-    evaluation: numbers of the last evaluation, those of the moving average with the prefix `ema_`.
+    """The end of a run.
+
+    Attributes:
+        state: state after the last step.
+        evaluation: numbers of the last evaluation; those of the moving average have the prefix `ema_`.
     """
 
     state: TrainState
@@ -82,43 +78,47 @@ def train(
     options: TrainOptions,
     optimizer: OptimizerOptions,
     evaluate: Callable[[Parameters], Mapping[str, float]] | None = None,
-    meta: Mapping[str, Any] | None = None,
+    description: Mapping[str, Any] | None = None,
     free_keys: Iterable[str] = (),
+    upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     initial: Callable[[Parameters], Mapping[str, np.ndarray]] | None = None,
     report: Iterable[str] = (),
 ) -> Result:
     """Trains until `options.num_steps`, from the last good checkpoint of the workdir if there is one.
 
     Args:
-        task: parameters and loss.
-        batches: fresh; brought to where the checkpoint stood.
-        options: of the run.
-        optimizer: of the optimiser.
+        task: gives parameters and a loss.
+        batches: a fresh iterator; `train` moves it to the batch at which the checkpoint was written.
+        options: options of the run.
+        optimizer: options of the optimiser.
         evaluate: parameters -> numbers; called for the parameters and for their moving average.
-        meta: JSON that says what the run is; kept in the checkpoints and in `config.json`. Its "config" must not
-            change when a run is continued.
-        free_keys: dotted keys of meta["config"] that may.
-        initial: abstract parameters -> arrays by path to start from instead of fresh ones; not called on resuming.
-        report: lines to print first (what the model's layers run on).
+        description: JSON that says what the run is; kept in the checkpoints and in `config.json`. Its "config" must
+            not change when a run is continued.
+        free_keys: dotted keys of description["config"] that may change.
+        upgrade: description of an older version -> as this version writes it.
+        initial: abstract parameters -> path -> array; these arrays replace fresh ones. Not called on resuming.
+        report: lines to print first, such as what the model's layers run on.
 
     Raises:
         ValueError: options contradict each other or the run that is continued.
+        FolderInUse: another run holds the workdir.
         CheckpointError: checkpoints cannot be written, or none can be read.
         NonFinite: loss or gradients are NaN or Inf.
-        Preempted: SIGTERM came and the state is saved.
+        Preempted: SIGTERM came, and the state was saved.
     """
-    meta = dict(meta or {})
+    description = records.plain(description or {}, "description")
     mesh = make_mesh(options.mesh)
     check_batch_size("batch_size", options.batch_size, mesh, accumulate=options.accumulate)
     transform = make_optimizer(optimizer, num_steps=options.num_steps, batch_size=options.batch_size)
     make = functools.partial(initial_state, task.init, transform, seed=options.seed, keep_ema=optimizer.ema_decay > 0)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(folder_lock.hold(options.workdir, "training"))
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(options.workdir, keep=options.keep)
         stack.callback(checkpoints.close)
         shapes = jax.eval_shape(make)
         shardings = tree_shardings(shapes, mesh, fsdp=options.mesh.fsdp)
-        _check_same_run(checkpoints, meta, frozenset(free_keys))
+        _check_same_run(checkpoints, description, frozenset(free_keys), upgrade)
         found = checkpoints.restore(_abstract(shapes, shardings))
         state = found[0] if found else _start(make, shapes, shardings, initial)
         means, step = Means(), int(jax.device_get(state.step))
@@ -127,19 +127,19 @@ def train(
             means.restore(found[1]["progress"]["means"])
         primary = jax.process_index() == 0
         if primary:
-            records.write_config(options.workdir, meta)
+            records.write_config(options.workdir, description)
         metrics = Metrics(options.workdir, step=step, active=primary)
         stack.callback(metrics.close)
         for line in [*_first_lines(mesh, options, shapes.params), *report]:
             metrics.say(line)
         if step:
             metrics.say(f"resuming at step {step}")
-        run = _Run(options, mesh, checkpoints, metrics, means, batches, meta, evaluate)
+        run = _Run(options, mesh, checkpoints, metrics, means, batches, description, evaluate)
         return run.go(make_step(task.loss, transform, optimizer, options, shardings, mesh), state, step)
 
 
 class _Run:
-    """What stays the same from step to step."""
+    """The parts of a run that stay the same from step to step."""
 
     def __init__(
         self,
@@ -149,21 +149,21 @@ class _Run:
         metrics: Metrics,
         means: Means,
         batches: Batches,
-        meta: Mapping[str, Any],
+        description: Mapping[str, Any],
         evaluate: Callable[[Parameters], Mapping[str, float]] | None,
     ):
         self.options, self.mesh, self.checkpoints, self.metrics = options, mesh, checkpoints, metrics
-        self.means, self.batches, self.meta, self.evaluate = means, batches, meta, evaluate
+        self.means, self.batches, self.description, self.evaluate = means, batches, description, evaluate
         self.clock = Clock(options.batch_size)
         self.learning_rate = 0.0
-        # Steps whose numbers have not been looked at: the host stays one step ahead of the device.
+        # Steps whose numbers the host has not read yet: it stays one step ahead of the device.
         self.pending: collections.deque[tuple[int, dict[str, jax.Array], dict[str, int]]] = collections.deque()
 
     def go(
         self, train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]], state: TrainState, step: int
     ) -> Result:
         options, evaluation = self.options, {}
-        # A run that was cut off between a checkpoint and the evaluation that goes with it makes up for it.
+        # The run may have been cut off after a checkpoint and before the evaluation of the same step.
         if step and options.due("evaluate", step) and (step == options.num_steps or not self.metrics.evaluated(step)):
             evaluation = self.evaluated(state, step)
         with StopSignal() as stop, Profile(options) as profile:
@@ -195,7 +195,7 @@ class _Run:
         return Result(state, evaluation)
 
     def settle(self, keep: int) -> None:
-        """Looks at the numbers of all but the last `keep` steps."""
+        """Reads the numbers of all but the last `keep` steps and checks them."""
         while len(self.pending) > keep:
             step, values, counts = self.pending.popleft()
             numbers = {name: float(value) for name, value in jax.device_get(values).items()}
@@ -218,11 +218,11 @@ class _Run:
         self.metrics.say(f"step {step}/{self.options.num_steps}  {'  '.join(shown)}  {speed:.1f} images/s  ETA {eta}")
 
     def save(self, state: TrainState) -> None:
-        """Starts writing a checkpoint, of a state whose step is known to be finite."""
+        """Starts to write a checkpoint, after the numbers of its step were found finite."""
         self.settle(keep=0)
         started = time.perf_counter()
         progress = {"batches": self.batches.state(), "means": self.means.state()}
-        self.checkpoints.save(state, self.meta, progress)
+        self.checkpoints.save(state, self.description, progress)
         self.clock.pause(time.perf_counter() - started)
 
     def evaluated(self, state: TrainState, step: int) -> dict[str, float]:
@@ -243,17 +243,23 @@ class _Run:
         return numbers
 
 
-def _check_same_run(checkpoints: Checkpoints, meta: Mapping[str, Any], free: frozenset[str]) -> None:
+def _check_same_run(
+    checkpoints: Checkpoints,
+    description: Mapping[str, Any],
+    free: frozenset[str],
+    upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> None:
     newest = checkpoints.newest_record()
     if newest is None:
         return
     if newest["progress"] == {}:
         raise ValueError(f"workdir: {checkpoints.folder.parent} holds parameters without a run to continue")
-    changed = records.changed_keys(newest["meta"].get("config", {}), meta.get("config", {}), free)
+    before = upgrade(newest["description"]) if "config" in newest["description"] else {}
+    changed = records.changed_keys(before.get("config", {}), description.get("config", {}), free)
     if changed:
         raise ValueError(
             f"workdir: {checkpoints.folder.parent} holds another run; "
-            f"take a new folder or set back: {', '.join(changed)}"
+            f"use a new folder or the former values: {', '.join(changed)}"
         )
 
 

@@ -1,9 +1,10 @@
 """Mixup, cutmix and label smoothing on the device, in the batch mode of the classifiers' recipe.
 
-Each image is paired with the one at the mirrored place of the batch. Of every batch, all images are mixed the same way.
+Image i of a batch of B is mixed with image B - 1 - i. All images of a batch are mixed in the same way.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,17 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class MixingOptions:
-    """Attributes:
-    mixup: alpha of the Beta distribution of mixup's share; 0 turns it off.
-    cutmix: alpha of cutmix's; 0 turns it off.
-    probability: that a batch is mixed at all.
-    switch: that a mixed batch gets cutmix, where both are on.
-    label_smoothing: share of the target spread evenly over all classes.
+    """Options of mixing.
+
+    Attributes:
+        mixup: alpha of the Beta distribution of mixup's share; 0 turns mixup off.
+        cutmix: alpha of the Beta distribution of cutmix's share; 0 turns cutmix off.
+        probability: probability that a batch is mixed.
+        switch: probability that a mixed batch gets cutmix, if both are on.
+        label_smoothing: share of the target that is spread evenly over all classes.
+
+    Raises:
+        ValueError: an option is out of its range or not finite.
     """
 
     mixup: float = 0.0
@@ -27,8 +33,8 @@ class MixingOptions:
 
     def __post_init__(self):
         for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
         for name in ("probability", "switch", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
@@ -45,14 +51,14 @@ def mix(
     """Returns mixed images (B, H, W, C) float32 and their targets (B, num_classes) float32.
 
     Args:
-        images: (B, H, W, C), uint8 or float, not yet normalised or already so (mixing is linear).
+        images: (B, H, W, C), uint8 or float, normalised or not (mixing is linear).
         labels: (B,) int32.
         key: PRNG key of this batch.
         num_classes: length of a target.
-        options: how much.
+        options: options of mixing.
     """
     targets = smooth_targets(labels, num_classes, options.label_smoothing)
-    partners = jnp.flip(images, 0).astype(jnp.float32)  # flipped before the cast: sharded rows travel as uint8
+    partners = jnp.flip(images, 0).astype(jnp.float32)  # flipped before the cast, so that devices exchange uint8
     images = images.astype(jnp.float32)
     if not options.mixup and not options.cutmix or not options.probability:
         return images, targets
@@ -67,25 +73,26 @@ def mix(
     if options.cutmix:
         area = jax.random.beta(k_cutmix, options.cutmix, options.cutmix, dtype=jnp.float32)
         inside = box(area, jax.random.uniform(k_box, (2,)), height, width)
-        # The box is cut off at the border, so the share is that of the pixels that stayed.
+        # The border may cut the box, so the share is counted from the pixels outside it.
         cutmix_share = 1.0 - inside.astype(jnp.float32).mean()
     switch = options.switch if options.mixup else 1.0
     use_cutmix = (jax.random.uniform(k_switch) < switch) & (options.cutmix > 0)
     use = jax.random.uniform(k_use) < options.probability
     share = jnp.where(use, jnp.where(use_cutmix, cutmix_share, mixup_share), jnp.float32(1))
-    # The share of the own image, pixel by pixel: constant for mixup, 0 or 1 for cutmix.
+    # The share of an image in its mixture, for each pixel: constant for mixup, 0 or 1 for cutmix.
     by_pixel = jnp.where(use & use_cutmix, 1.0 - inside.astype(jnp.float32), share)[None, :, :, None]
     mixed = images * by_pixel + partners * (1.0 - by_pixel)
     return mixed, targets * share + jnp.flip(targets, 0) * (1.0 - share)
 
 
 def box(share: jax.Array, centre: jax.Array, height: int, width: int) -> jax.Array:
-    """Returns an (height, width) mask of cutmix's box, which covers 1 - share of an image unless the border cuts it.
+    """Returns a (height, width) bool mask of cutmix's box: 1 - share of an image, or less if the border cuts it.
 
     Args:
-        share: () what shall stay of the own image.
-        centre: (2,) row and column of the centre, as shares of the image in [0, 1).
-        height, width: of the image in pixels.
+        share: () share of the image that stays.
+        centre: (2,) row and column of the centre, as shares of height and width in [0, 1).
+        height: pixels of the image.
+        width: pixels of the image.
     """
     ratio = jnp.sqrt(1.0 - share)
 

@@ -1,6 +1,8 @@
-"""AdamW as the classifiers use it: schedule, decay mask, clipping, moving average."""
+"""AdamW with a schedule, a decay mask, clipping and a moving average of the parameters."""
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 
 import jax
@@ -9,22 +11,28 @@ import optax
 
 from gspn_jax.training.state import Parameters
 
-REFERENCE_BATCH = 512  # the learning rates are given for this many images a step
+REFERENCE_BATCH = 512  # images per step to which the learning rates of the options refer
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """What the optimiser needs to know. Learning rates are those of a batch of 512 and are scaled with the batch.
+    """Options of the optimiser. Learning rates are those of a batch of 512 and are scaled with the batch.
 
     Attributes:
-        learning_rate: peak, reached after the warm-up.
-        warmup_learning_rate: of the first step.
-        min_learning_rate: at the end of the cosine and from then on.
-        warmup_steps: optimiser steps of linear warm-up; they do not count into the cosine.
-        weight_decay: decoupled; only matrices and kernels decay, see `decays`.
+        learning_rate: the highest rate, at the end of the warm-up.
+        warmup_learning_rate: rate of the first step.
+        min_learning_rate: rate at the end of the cosine.
+        warmup_steps: optimiser steps of linear warm-up, before the cosine.
+        weight_decay: decoupled weight decay; only matrices and kernels decay, see `decays`.
+        b1: decay of Adam's mean of gradients, in [0, 1).
+        b2: decay of Adam's mean of squared gradients, in [0, 1).
+        eps: added to Adam's denominator, > 0.
         clip: bound on the global norm of the gradients; 0 turns it off.
-        ema_decay: of the moving average of the parameters; 0 keeps none.
+        ema_decay: decay of the moving average of the parameters, in [0, 1); 0: no moving average.
         ema_warmup: use min(ema_decay, (1 + step) / (10 + step)), so that short runs forget their start.
+
+    Raises:
+        ValueError: an option is out of its range or not finite.
     """
 
     learning_rate: float = 5e-4
@@ -41,51 +49,50 @@ class OptimizerOptions:
 
     def __post_init__(self):
         for name in ("learning_rate", "warmup_learning_rate", "min_learning_rate", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: expected a number in [0, 1), got {self.ema_decay}")
-        if self.warmup_steps < 0:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
+        for name in ("b1", "b2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps: expected a finite number > 0, got {self.eps}")
+        if not isinstance(self.warmup_steps, numbers.Integral) or self.warmup_steps < 0:
             raise ValueError(f"warmup_steps: expected an integer >= 0, got {self.warmup_steps}")
 
 
 def learning_rate_schedule(
     options: OptimizerOptions, *, num_steps: int, batch_size: int
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    """Returns step -> learning rate: linear warm-up, then a cosine over the steps that are left.
+    """Returns step -> () learning rate: linear warm-up, then a cosine over the other steps.
 
     Args:
         options: rates for a batch of 512.
-        num_steps: optimiser steps of the whole run, the warm-up included.
-        batch_size: global images per optimiser step (accumulation included).
+        num_steps: optimiser steps of the whole run, including the warm-up.
+        batch_size: global images per optimiser step, including accumulation.
 
     Raises:
-        ValueError: the warm-up leaves no step.
+        ValueError: the warm-up takes all steps.
     """
     if num_steps < 1 or options.warmup_steps >= num_steps:
         raise ValueError(
             f"warmup_steps: expected fewer than the {num_steps} steps of the run, got {options.warmup_steps}"
         )
     scale = batch_size / REFERENCE_BATCH
-    peak, first, last = (
-        rate * scale for rate in (options.learning_rate, options.warmup_learning_rate, options.min_learning_rate)
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=options.warmup_learning_rate * scale,
+        peak_value=options.learning_rate * scale,
+        warmup_steps=options.warmup_steps,
+        decay_steps=num_steps,
+        end_value=options.min_learning_rate * scale,
     )
-    cosine_steps = num_steps - options.warmup_steps
-
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        warming = first + (peak - first) * step / max(options.warmup_steps, 1)
-        progress = jnp.clip((step - options.warmup_steps) / cosine_steps, 0.0, 1.0)
-        cooling = last + 0.5 * (peak - last) * (1.0 + jnp.cos(jnp.pi * progress))
-        return jnp.where(step < options.warmup_steps, warming, cooling)
-
-    return schedule
+    # optax computes in the type of the step, and strict promotion forbids to mix its integers with floats.
+    return lambda step: jnp.asarray(schedule(jnp.asarray(step, float)))
 
 
 def decays(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether weight decay applies: to leaves with two axes or more that are longer than 1.
+    """Returns whether weight decay applies: to leaves that have at least two axes longer than 1.
 
-    Biases, norms and per-channel scales are vectors, whatever singleton axes they carry.
+    Biases, norms and per-channel scales are vectors, some with extra axes of length 1.
     """
     return sum(length > 1 for length in leaf.shape) >= 2
 

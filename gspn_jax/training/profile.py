@@ -1,4 +1,4 @@
-"""A profiler trace of some steps of a run."""
+"""A profiler trace of some steps."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,11 +25,13 @@ class Profile:
             self._on = False
 
     def before(self, step: int) -> None:
+        """Call before step number `step`, from 0."""
         if not self._on and self._steps[0] <= step < self._steps[1]:
             jax.profiler.start_trace(self._folder)
             self._on = True
 
     def after(self, step: int, values: Mapping[str, jax.Array]) -> None:
+        """Call with the numbers of a step, when `step` steps are done."""
         if self._on and step >= self._steps[1]:
             jax.block_until_ready(values)
             self.__exit__()

@@ -1,4 +1,4 @@
-"""The mesh and who holds what: batches over `data`, large matrices over `model` and, with FSDP, over `data` too."""
+"""The device mesh and its shardings: batches over `data`, large matrices over `model` and, with FSDP, over `data`."""
 
 import dataclasses
 import math
@@ -9,15 +9,17 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-SMALL = 2**14  # leaves with fewer numbers are cheaper to repeat than to gather
+SMALL = 2**14  # every device holds leaves with fewer numbers whole: that is cheaper than to gather them
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions:
-    """Attributes:
-    data: devices along the batch axis; -1 takes all that `model` leaves.
-    model: devices along the channels of large matrices.
-    fsdp: whether parameters, averages and moments are also cut along `data`.
+    """Axes of the device mesh.
+
+    Attributes:
+        data: devices along the batch axis; -1: all devices divided by `model`.
+        model: devices along the channels of large matrices.
+        fsdp: whether parameters, averages and moments are also sharded along `data`.
     """
 
     data: int = -1
@@ -28,10 +30,10 @@ class MeshOptions:
 def make_mesh(options: MeshOptions) -> Mesh:
     """Returns a mesh with the axes `data` and `model` over the devices of all processes.
 
-    Devices stay in the order of their processes, so that each process holds a contiguous block of batch rows.
+    Devices are in the order of their processes, so that each process holds a contiguous block of batch rows.
 
     Raises:
-        ValueError: the axes do not use the devices exactly, or `model` reaches across processes.
+        ValueError: the axes do not use all devices exactly once, or the axis `model` spans several processes.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if options.model < 1 or jax.local_device_count() % options.model:
@@ -50,15 +52,15 @@ def make_mesh(options: MeshOptions) -> Mesh:
 
 
 def local_mesh() -> Mesh:
-    """Returns a mesh with the same axes over the devices of this process alone, all along `data`."""
+    """Returns a mesh with the same axes over the devices of this process only, all along `data`."""
     grid = np.array(jax.local_devices()).reshape(-1, 1)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def leaf_spec(shape: tuple[int, ...], mesh: Mesh, *, fsdp: bool = False, small: int = SMALL) -> P:
-    """Returns how a leaf is cut: `model` on its last dividing axis, with `fsdp` also `data` on the last one left.
+    """Returns the sharding of a leaf: `model` on the last axis that it divides, with `fsdp` also `data` on another one.
 
-    Leaves below `small` numbers and vectors are repeated on every device.
+    Every device holds vectors, and leaves with fewer than `small` numbers, whole.
     """
     if math.prod(shape) < small or len(shape) < 2:
         return P()
@@ -72,9 +74,9 @@ def leaf_spec(shape: tuple[int, ...], mesh: Mesh, *, fsdp: bool = False, small: 
 
 
 def tree_shardings(abstract: Any, mesh: Mesh, *, fsdp: bool = False, small: int = SMALL) -> Any:
-    """Returns a NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs, by its shape alone.
+    """Returns a NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs.
 
-    Moments and averages have the shapes of their parameters, so they are cut the same way.
+    It depends only on the shape, so moments and averages get the shardings of their parameters.
     """
     return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf_spec(leaf.shape, mesh, fsdp=fsdp, small=small)), abstract)
 
@@ -85,7 +87,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh, *, accumulate: int = 1) -> None:
-    """Raises ValueError unless a global batch splits evenly over `data` in each of `accumulate` parts."""
+    """Raises ValueError unless each of `accumulate` parts of a global batch splits evenly over `data`."""
     parts = mesh.shape["data"] * accumulate
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
@@ -95,7 +97,7 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, *, accumulate: int 
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns global arrays (B, ...) made of the rows (B / processes, ...) that each process holds."""
+    """Returns global arrays (B, ...) from the rows (B / processes, ...) of each process."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 

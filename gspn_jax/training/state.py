@@ -1,4 +1,4 @@
-"""The state of a training run: one pytree, donated from step to step."""
+"""The state of a training run: one pytree, donated to every step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,10 +17,10 @@ class TrainState:
     """Everything that a step changes.
 
     Attributes:
-        step: () int32, the number of optimiser steps taken.
+        step: () int32, the number of optimiser steps so far.
         params: nested dict of arrays.
-        ema: the moving average of `params`, or None where the run keeps none.
-        opt_state: what the optimiser carries.
+        ema: the moving average of `params`, or None.
+        opt_state: the state of the optimiser, such as Adam's moments.
     """
 
     step: jax.Array
@@ -36,13 +36,13 @@ def initial_state(
     seed: int,
     keep_ema: bool,
 ) -> TrainState:
-    """Returns the state at step 0; traceable, so that it also serves `jax.eval_shape`.
+    """Returns the state at step 0. Traceable.
 
     Args:
-        initialise: makes the parameters from a PRNG key.
-        optimizer: the transformation whose state goes with them.
-        seed: of the PRNG key.
-        keep_ema: whether a moving average is carried; it starts as a copy of the parameters.
+        initialise: PRNG key -> parameters.
+        optimizer: the optimiser.
+        seed: seed of the PRNG key.
+        keep_ema: whether the state has a moving average; it starts as a copy of the parameters.
     """
     params = initialise(jax.random.key(seed))
     ema = jax.tree.map(jnp.copy, params) if keep_ema else None
@@ -50,5 +50,5 @@ def initial_state(
 
 
 def parameter_count(params: Parameters) -> int:
-    """Returns how many numbers the parameters hold."""
+    """Returns the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

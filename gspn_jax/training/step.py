@@ -1,4 +1,4 @@
-"""One optimiser step as a compiled program: gradients, accumulated if asked, clipped, applied, averaged."""
+"""One optimiser step as a compiled program: gradients, accumulation, clipping, update, moving average."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,16 +27,16 @@ def make_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the compiled step: (state, batch) -> (state, numbers). The state is donated.
 
-    The PRNG key of a step depends on the seed and the step alone: fold_in(fold_in(seed, step), part), so that a
-    resumed run draws what the uninterrupted one would.
+    The PRNG key of a part of a batch is fold_in(fold_in(seed, step), part), so that a resumed run draws the same
+    numbers as an uninterrupted one.
 
     Args:
-        loss: params, batch, key -> (() loss, dict of () numbers).
+        loss: (params, batch, key) -> (() loss, dict of () numbers).
         transform: the optimiser.
-        optimizer: its options (schedule and moving average).
-        options: steps, batch size, seed, accumulation.
-        shardings: of the state.
-        mesh: with the axis `data`.
+        optimizer: options of the optimiser (schedule and moving average).
+        options: options of the run (steps, batch size, seed, accumulation).
+        shardings: a NamedSharding for each leaf of the state.
+        mesh: a mesh with the axis `data`.
     """
     schedule = learning_rate_schedule(optimizer, num_steps=options.num_steps, batch_size=options.batch_size)
 
@@ -61,7 +61,7 @@ def make_step(
 def accumulated(
     loss: Loss, params: Parameters, batch: dict[str, jax.Array], key: jax.Array, parts: int, mesh: Mesh
 ) -> tuple[Parameters, dict[str, jax.Array]]:
-    """Returns gradients and numbers, averaged over `parts` interleaved parts of the batch that run one by one."""
+    """Returns gradients and numbers, averaged over `parts` interleaved parts of the batch, one part after the other."""
 
     def gradients(rows: dict[str, jax.Array], part: Any) -> tuple[Parameters, dict[str, jax.Array]]:
         (value, numbers), grads = jax.value_and_grad(loss, has_aux=True)(params, rows, jax.random.fold_in(key, part))
@@ -71,7 +71,7 @@ def accumulated(
         return gradients(batch, 0)
 
     def cut(rows: jax.Array) -> jax.Array:
-        # Part i takes rows i, i + parts, ...: each device cuts its own rows and nothing moves.
+        # Part i takes rows i, i + parts, ..., so that each device uses its own rows and none are sent.
         rows = jnp.moveaxis(rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]), 1, 0)
         return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, P(None, "data")))
 

@@ -1,20 +1,22 @@
-"""Parameters of one run as the start of another: what fits is taken, what does not is named."""
+"""Starting one run from the parameters of another: takes the arrays that fit and names the others."""
 
 import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 
-from gspn_jax.training.fingerprint import leaves_by_path
+from gspn_jax.training.checkpoints.fingerprint import leaves_by_path
 from gspn_jax.training.state import Parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """Attributes:
-    loaded: path -> host array, in the dtype of the target.
-    fresh: paths of the target that keep their initial values, each with the reason.
-    unused: paths of the source that the target does not have.
+    """The arrays of a source that fit a target.
+
+    Attributes:
+        loaded: path -> host array, in the dtype of the target.
+        fresh: paths of the target that keep their initial values, each with the reason.
+        unused: paths of the source that the target does not have.
     """
 
     loaded: Mapping[str, np.ndarray]

@@ -19,10 +19,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gspn_jax.training.checkpoint import CheckpointError, Checkpoints, load_parameters, save_parameters
-from gspn_jax.training.fingerprint import fingerprints
+from gspn_jax.training.checkpoints import CheckpointError, Checkpoints, load_parameters, save_parameters
+from gspn_jax.training.checkpoints.fingerprint import fingerprints
+from gspn_jax.training.checkpoints.record import changed_keys
 from gspn_jax.training.optimizer import OptimizerOptions, make_optimizer
-from gspn_jax.training.record import changed_keys
 from gspn_jax.training.sharding import MeshOptions, make_mesh, tree_shardings
 from gspn_jax.training.state import TrainState, initial_state
 from tests.training.toy import Started, digest
@@ -119,7 +119,7 @@ def test_restore_on_another_mesh(saved: tuple[Path, dict[int, str]], mesh: MeshO
     assert found is not None
     state, record = found
     assert int(state.step) == 2 and digest(state) == digests[2]
-    assert record["progress"] == {"batches": {"position": 2}} and record["meta"] == {"config": {"seed": 0}}
+    assert record["progress"] == {"batches": {"position": 2}} and record["description"] == {"config": {"seed": 0}}
     assert jax.tree.all(jax.tree.map(lambda leaf, want: leaf.sharding == want.sharding, state, abstract))
 
 
@@ -248,7 +248,10 @@ def test_only_newest_are_kept_and_states_that_are_not_finite_are_refused(tmp_pat
     assert checkpoints.steps() == [3, 4]
     bad = advance(state)
     bad.params["head"]["kernel"] = bad.params["head"]["kernel"].at[3, 3].set(jnp.nan)
-    with pytest.raises(CheckpointError, match="step 5: .* NaN .* last good checkpoint is step 4"):
+    with pytest.raises(
+        CheckpointError,
+        match="step 5 is not saved: NaN or Inf in params/head/kernel; the last good checkpoint is step 4",
+    ):
         checkpoints.save(bad, {}, {"batches": {}})
     assert checkpoints.steps() == [3, 4]
 
@@ -265,7 +268,7 @@ def test_parameters_alone(saved: tuple[Path, dict[int, str]], tmp_path: Path):
     average, average_meta = load_parameters(saved[0], 1)
     assert (raw_meta["ema"], average_meta["ema"], raw_meta["step"]) == (False, True, 1)
     np.testing.assert_allclose(raw["head"]["kernel"], 1.5 * average["head"]["kernel"], rtol=1e-6)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 9 .* there are \[1, 2\]"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 9 .* expected one of \[1, 2\]"):
         load_parameters(saved[0], 9)
     with pytest.raises(CheckpointError, match="no checkpoints under"):
         load_parameters(tmp_path / "nothing")

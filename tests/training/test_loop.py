@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gspn_jax.training import NonFinite, OptimizerOptions, TrainOptions, train
-from gspn_jax.training.checkpoint import Checkpoints, load_parameters, save_parameters
+from gspn_jax.training.checkpoints import Checkpoints, load_parameters, save_parameters
 from gspn_jax.training.metrics import EVENTS, Clock, Means, Metrics, duration, read_rows
 from gspn_jax.training.transfer import fit
 from tests.training.toy import BATCH, ToyBatches, digest, toy_task, toy_train

@@ -22,7 +22,7 @@ from flax import nnx
 
 from gspn_jax.diffusion import GaussianDiffusion
 from gspn_jax.training import Classification, MeshOptions, MixingOptions, OptimizerOptions, Preempted, TrainOptions
-from gspn_jax.training.checkpoint import Checkpoints, load_parameters
+from gspn_jax.training.checkpoints import Checkpoints, load_parameters
 from gspn_jax.training.distributed import initialise
 from gspn_jax.training.generation import Generation
 from gspn_jax.training.loop import train
@@ -153,7 +153,7 @@ def toy_train(
             learning_rate=learning_rate, warmup_steps=min(3, num_steps - 1), ema_decay=0.9, ema_warmup=True
         ),
         evaluate=toy_evaluate(task),
-        meta={"config": config or {"seed": 0}},
+        description={"config": config or {"seed": 0}},
         free_keys=("free",),
     )
 

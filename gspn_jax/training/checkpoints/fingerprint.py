@@ -1,7 +1,7 @@
-"""An exact integer fingerprint of every array of a tree, computed where the array lies.
+"""An exact integer fingerprint of every array of a tree, computed on the devices that hold the array.
 
-The sum over all positions of bits * weight(position), modulo 2^32. Weights are odd, so that any change within one
-word shows; integer sums do not depend on their order, so neither does the result on sharding or device count.
+It is the sum of bits * weight(position) over all positions, modulo 2^32. Weights are odd, so that any change within one
+word changes the sum. Integer sums do not depend on their order, so the result does not depend on the sharding.
 """
 
 import hashlib
@@ -18,10 +18,13 @@ def fingerprints(tree: Any) -> dict[str, jax.Array]:
     return {path: _fingerprint(leaf) for path, leaf in leaves_by_path(tree).items()}
 
 
-def all_finite(tree: Any) -> jax.Array:
-    """Returns a () bool: whether every floating-point number of the tree is finite. Traceable."""
-    floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floating] or [jnp.array(True)]).all()
+def finite(tree: Any) -> dict[str, jax.Array]:
+    """Returns path -> () bool: whether all numbers of the array are finite, for floating-point arrays. Traceable."""
+    return {
+        path: jnp.isfinite(leaf).all()
+        for path, leaf in leaves_by_path(tree).items()
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Checkpoints: written in the background, verified when read, never trusted because they are the newest.
+"""The checkpoints of one working directory: written in the background, verified when read.
 
-A checkpoint is a folder `<workdir>/checkpoints/<step>` with the items `params`, `ema` (where the run keeps one),
+A checkpoint is a folder `<workdir>/checkpoints/<step>` with the items `params`, `ema` (if the run keeps one),
 `optimizer`, and `record`: JSON with the data-pipeline state, the run's description and, for every array, its shape,
 dtype and an exact fingerprint taken on the device before the array left it.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from gspn_jax.training import record as records
-from gspn_jax.training.fingerprint import all_finite, fingerprints, leaves_by_path
+from gspn_jax.training.checkpoints import record as records
+from gspn_jax.training.checkpoints.fingerprint import fingerprints, finite, leaves_by_path
+from gspn_jax.training.checkpoints.set_aside import set_aside
 from gspn_jax.training.state import Parameters, TrainState
 
 FOLDER = "checkpoints"
@@ -25,24 +26,33 @@ REJECTED = "rejected"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says which, where and why in one line."""
+    """A checkpoint could not be written or read; the message says in one line which one, where and why."""
+
+
+@jax.jit
+def _examine(tree: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns path -> fingerprint, and path -> whether all numbers of the array are finite."""
+    return fingerprints(tree), finite(tree)
 
 
 class Checkpoints:
     """The checkpoints of one working directory.
 
     Args:
-        workdir: their parent folder.
-        keep: how many of the newest stay; an older one goes only after a newer one is complete.
-        read_only: for readers: nothing is created, moved or deleted.
+        workdir: the parent folder.
+        keep: how many checkpoints stay; the oldest is deleted after a newer one is complete.
+        read_only: nothing is created, moved or deleted.
 
     Raises:
-        CheckpointError: the folder cannot be made or, for a reader, holds none.
+        CheckpointError: the folder cannot be made or, with `read_only`, does not exist.
+        ValueError: an argument is out of its range.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 3, read_only: bool = False):
         if keep < 1:
             raise ValueError(f"keep: expected an integer >= 1, got {keep}")
+        if not os.fspath(workdir):
+            raise ValueError("workdir: expected the name of a folder, got ''")
         self.folder = Path(workdir).absolute() / FOLDER
         self._read_only = read_only
         if read_only and not self.folder.is_dir():
@@ -56,7 +66,6 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot use {self.folder} for checkpoints: {_one_line(error)}") from error
-        self._describe = jax.jit(lambda tree: (fingerprints(tree), all_finite(tree)))
         self._pending: int | None = None
 
     def steps(self) -> list[int]:
@@ -64,19 +73,19 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def last_good(self) -> str:
-        """Returns words that name the last checkpoint known to be complete."""
+        """Returns words that name the last complete checkpoint."""
         steps = [step for step in self.steps() if step != self._pending]
         if not steps:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is step {steps[-1]} ({self.folder / str(steps[-1])})"
 
-    def save(self, state: TrainState, meta: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-        """Starts writing `state`; waits for an earlier save first. A step that is there already is left alone.
+    def save(self, state: TrainState, description: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+        """Waits for an earlier save, then starts to write `state`. A step that was written before is not touched.
 
         Args:
-            state: copied off the device before this returns, so that it may be donated.
-            meta: JSON, what the run is (`load_parameters` returns it).
-            progress: JSON, where the run stands: data-pipeline state and the like.
+            state: copied off the device before this method returns, so that it may be donated.
+            description: JSON that says what the run is; `load_parameters` returns it.
+            progress: JSON that says where the run stands, such as the state of the data pipeline.
 
         Raises:
             CheckpointError: this or an earlier save failed, or the state holds a number that is not finite.
@@ -86,15 +95,15 @@ class Checkpoints:
         if step in self.steps():
             return
         items = _items(state)
-        prints, finite = jax.device_get(self._describe(items))
-        if not finite:
-            raise CheckpointError(f"step {step}: the state holds NaN or Inf and is not saved; {self.last_good()}")
-        self._write(step, items, records.make(items, prints, meta, progress))
+        prints, good = jax.device_get(_examine(items))
+        if not all(good.values()):
+            raise CheckpointError(f"step {step} is not saved: {records.not_finite(good)}; {self.last_good()}")
+        self._write(step, items, records.make(items, prints, description, progress))
 
-    def save_parameters(self, params: Parameters, meta: Mapping[str, Any]) -> None:
-        """Writes parameters alone as step 0 and waits until they are on disk."""
+    def save_parameters(self, params: Parameters, description: Mapping[str, Any]) -> None:
+        """Writes parameters without a state of training as step 0, and waits until they are on disk."""
         items = {"params": params}
-        self._write(0, items, records.make(items, jax.device_get(self._describe(items)[0]), meta, {}))
+        self._write(0, items, records.make(items, jax.device_get(_examine(items)[0]), description, {}))
         self.wait()
 
     def _write(self, step: int, items: Mapping[str, Any], record: dict[str, Any]) -> None:
@@ -107,7 +116,7 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk; raises CheckpointError if it is not."""
+        """Blocks until the last save is on disk; raises CheckpointError if it failed."""
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -138,15 +147,15 @@ class Checkpoints:
         return records.checked(self._manager.restore(step, args=args)["record"])
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Returns the newest good state and its record; None where there is no checkpoint.
+        """Returns the newest good state and its record; None without checkpoints.
 
         Args:
-            abstract: ShapeDtypeStructs with the shardings that the state shall have here; the device count of the
-                run that wrote it does not matter.
+            abstract: ShapeDtypeStructs with the shardings that the state gets; they need not be those of the run that
+                wrote it.
 
         Raises:
-            CheckpointError: there are checkpoints and none is good.
-            ValueError: a good checkpoint belongs to other shapes.
+            CheckpointError: no checkpoint is good.
+            ValueError: a good checkpoint has other shapes.
         """
         found = self._newest_good(self.steps(), _items(abstract))
         if found is None:
@@ -158,19 +167,22 @@ class Checkpoints:
         )
         return state, record
 
-    def load_parameters(self, step: int | None, *, ema: bool) -> tuple[Parameters, dict[str, Any]]:
-        """Returns host arrays and the record of the newest good checkpoint, or of a named one."""
+    def load_parameters(self, step: int | None) -> tuple[dict[str, Parameters], dict[str, Any]]:
+        """Returns the newest good checkpoint, or a named one.
+
+        Returns:
+            Arrays on the devices, under "params" and, if the run keeps a moving average, "ema"; and the record.
+        """
         steps = self.steps()
         if step is not None and step not in steps:
-            raise CheckpointError(f"no checkpoint of step {step} under {self.folder}: there are {steps}")
-        item = "ema" if ema else "params"
-        # All that a reader may ask for is verified, so that each of them gets the same checkpoint.
+            raise CheckpointError(f"no checkpoint of step {step} under {self.folder}: expected one of {steps}")
+        # Both are verified whatever the reader asks for, so that all readers get the same checkpoint.
         newest = self.newest_record()
         wanted = {name: None for name in ("params", "ema") if newest is None or name in newest["arrays"]}
         found = self._newest_good(steps if step is None else [step], wanted)
         if found is None:
             raise CheckpointError(f"no checkpoints under {self.folder}")
-        return jax.tree.map(np.asarray, found[0][item]), found[1]
+        return found
 
     def _newest_good(self, steps: list[int], wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
         bad: dict[int, str] = {}
@@ -213,79 +225,32 @@ class Checkpoints:
             items = {name: restored[name] for name in targets}
         except Exception as error:
             problem = _one_line(error)
-        # Every process must take the same way before the fingerprints, which all compute together.
+        # The fingerprints are a computation of all processes: none may enter it if another one failed to read.
         if not _everywhere(not problem):
             raise CheckpointError(problem or "another process cannot read it")
-        records.check_fingerprints(record["arrays"], jax.device_get(self._describe(items)[0]))
+        prints, good = jax.device_get(_examine(items))
+        records.check_fingerprints(record["arrays"], prints)
+        if not all(good.values()):
+            raise CheckpointError(records.not_finite(good))
         return items, record
 
     def _set_aside(self, damaged: Mapping[int, str]) -> None:
-        """Moves damaged checkpoints out of the way: their steps will be written again; nothing is deleted."""
+        """Moves damaged checkpoints to `rejected/`, so that their steps can be written again."""
         if not damaged or self._read_only:
             return
         if jax.process_index() == 0:
             for step in damaged:
                 target = self.folder.parent / REJECTED / str(step)
                 target.parent.mkdir(exist_ok=True)
-                for name in _free_names(target):
-                    os.rename(self.folder / str(step), name)
-                    break
+                set_aside(self.folder / str(step), target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits for a save under way and ends the background threads."""
+        """Waits for a running save and ends the background threads."""
         self.wait()
         self._manager.close()
-
-
-def load_parameters(
-    workdir: str | os.PathLike[str], step: int | None = None, ema: bool = True
-) -> tuple[Parameters, dict[str, Any]]:
-    """Returns parameters as host arrays, and what the run is.
-
-    Args:
-        workdir: of a training run, or made by `save_parameters`.
-        step: which checkpoint; None: the newest good one.
-        ema: the moving average instead of the parameters, where there is one.
-
-    Returns:
-        A nested dict of arrays, and the `meta` that was saved beside them with the key "step" added and "ema", which
-        says whether the moving average was returned.
-
-    Raises:
-        CheckpointError: there is none, or none that is good.
-    """
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        newest = checkpoints.newest_record()
-        ema = ema and newest is not None and "ema" in newest["arrays"]
-        params, record = checkpoints.load_parameters(step, ema=ema)
-    finally:
-        checkpoints.close()
-    return params, {**record["meta"], "step": record["step"], "ema": ema}
-
-
-def save_parameters(workdir: str | os.PathLike[str], params: Parameters, meta: Mapping[str, Any]) -> None:
-    """Makes a workdir out of parameters, as a training run would leave one.
-
-    Args:
-        workdir: a folder without checkpoints.
-        params: nested dict of arrays.
-        meta: JSON, see `gspn_jax.training.record.write_config`; also written to `config.json`.
-
-    Raises:
-        CheckpointError: the folder holds checkpoints already or cannot be written.
-    """
-    checkpoints = Checkpoints(workdir)
-    try:
-        if checkpoints.steps():
-            raise CheckpointError(f"{checkpoints.folder} holds checkpoints already")
-        checkpoints.save_parameters(params, meta)
-    finally:
-        checkpoints.close()
-    records.write_config(workdir, meta)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -299,16 +264,7 @@ def _everywhere(ok: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
-def _free_names(path: Path) -> Iterator[Path]:
-    number = 0
-    while True:
-        name = path if number == 0 else path.with_name(f"{path.name}.{number}")
-        if not name.exists():
-            yield name
-        number += 1
-
-
 def _one_line(error: BaseException) -> str:
     text = str(error).split("See full TensorStore details")[0]  # pages of them
     text = " ".join(text.split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:140]} ... {text[-150:]}"  # the cause stands last
+    return text if len(text) <= 300 else f"{text[:140]} ... {text[-150:]}"  # the cause comes last

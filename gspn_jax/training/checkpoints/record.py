@@ -1,6 +1,7 @@
-"""The JSON record beside the arrays of a checkpoint: what they are, where the run stood, what the run is."""
+"""The JSON record of a checkpoint: its arrays, the progress and the description of the run."""
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Mapping
@@ -11,17 +12,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gspn_jax.training.fingerprint import leaves_by_path
+from gspn_jax.training.checkpoints.fingerprint import leaves_by_path
 
 CONFIG_FILE = "config.json"
 
 
 class OtherShapes(ValueError):
-    """A checkpoint in order, of other arrays than those asked for."""
+    """An intact checkpoint has other arrays than those asked for."""
 
 
 def make(
-    items: Mapping[str, Any], prints: Mapping[str, Any], meta: Mapping[str, Any], progress: Mapping[str, Any]
+    items: Mapping[str, Any], prints: Mapping[str, Any], description: Mapping[str, Any], progress: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the record of `items` (name -> tree) with the fingerprints of `fingerprints(items)`."""
     arrays = {
@@ -32,9 +33,13 @@ def make(
         for name, tree in items.items()
     }
     step = int(jax.device_get(items["optimizer"]["step"])) if "optimizer" in items else 0
-    content = {"step": step, "arrays": arrays, "meta": dict(meta), "progress": dict(progress)}
-    # Through JSON once, so that the checksum is that of what will be read (tuples become lists).
-    content = json.loads(json.dumps(content))
+    # Plain JSON values, so that the checksum is that of the record that will be read (tuples become lists).
+    content = {
+        "step": step,
+        "arrays": arrays,
+        "description": plain(description, "description"),
+        "progress": plain(progress, "progress"),
+    }
     return {"checksum": _checksum(content), "content": content}
 
 
@@ -43,7 +48,30 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     content = record["content"]
     if _checksum(content) != record["checksum"]:
         raise ValueError("the record does not match its checksum")
+    content = dict(content)
+    if "meta" in content:  # written by version 0.1
+        content["description"] = content.pop("meta")
     return content
+
+
+def plain(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns JSON values as they will be read again; ValueError for NaN and Inf, which JSON cannot hold."""
+    try:
+        return json.loads(json.dumps(values, allow_nan=False))
+    except ValueError as error:
+        keys = [key for key, value in _flatten(values).items() if isinstance(value, float) and not math.isfinite(value)]
+        where = f" in {', '.join(keys)}" if keys else ""
+        raise ValueError(f"{name}: expected finite numbers, got NaN or Inf{where}") from error
+
+
+def not_finite(finite: Mapping[str, Any]) -> str:
+    """Returns words that name the arrays with NaN or Inf.
+
+    Args:
+        finite: path -> whether all numbers of the array are finite.
+    """
+    bad = [path for path, good in finite.items() if not good]
+    return f"NaN or Inf in {', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}"
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
@@ -51,7 +79,7 @@ def _checksum(content: Mapping[str, Any]) -> int:
 
 
 def abstract(arrays: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Returns the nested dict of ShapeDtypeStructs that a record describes, each whole on every device."""
+    """Returns the nested dict of ShapeDtypeStructs that a record describes; every device holds them whole."""
     everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec())
     tree: dict[str, Any] = {}
     for path, (shape, dtype, _) in arrays.items():
@@ -74,7 +102,7 @@ def check_shapes(arrays: Mapping[str, list[Any]], target: Mapping[str, Any]) -> 
 
 
 def check_fingerprints(arrays: Mapping[str, Mapping[str, list[Any]]], prints: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming arrays, where a fingerprint is not the recorded one."""
+    """Raises ValueError, naming arrays, if a fingerprint differs from the recorded one."""
     changed = [
         path for path, value in prints.items() if int(value) != arrays[path.split("/", 1)[0]][path.split("/", 1)[1]][2]
     ]
@@ -82,13 +110,14 @@ def check_fingerprints(arrays: Mapping[str, Mapping[str, list[Any]]], prints: Ma
         raise ValueError(f"{len(changed)} arrays are not what was saved: {', '.join(changed[:3])}")
 
 
-def write_config(workdir: str | os.PathLike[str], meta: Mapping[str, Any]) -> None:
-    """Writes what a run is to `<workdir>/config.json`, in one piece."""
+def write_config(workdir: str | os.PathLike[str], description: Mapping[str, Any]) -> None:
+    """Writes the description of a run to `<workdir>/config.json`; readers never see a part of it."""
+    text = json.dumps(plain(description, "description"), indent=2, sort_keys=True) + "\n"
     path = Path(workdir) / CONFIG_FILE
     draft = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
+        draft.write_text(text)
         os.replace(draft, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
@@ -99,7 +128,7 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], free: froz
 
     Args:
         before, after: nested mappings of JSON values.
-        free: keys that may change, with all that lies below them.
+        free: keys that may change, with all keys below them.
     """
     old, new = _flatten(json.loads(json.dumps(before))), _flatten(json.loads(json.dumps(after)))
     return [
