@@ -76,7 +76,7 @@ def _defaults() -> Any:
             "weight_channels": placeholder(int),
             "propagation_channels": placeholder(int),
             "implementation": placeholder(str),  # of the line scan; not set: the fastest that can run
-            "path": placeholder(str),  # of its kernels in propagation; not set: the cheapest by their table
+            "variant": placeholder(str),  # of its kernels in propagation; not set: the fastest by their table
         }
     )
     config.data = ConfigDict(

@@ -70,7 +70,7 @@ def _defaults() -> Any:
             "num_heads": placeholder(int),
             "proxy_rank": placeholder(int),
             "implementation": placeholder(str),  # of the propagation; not set: the fastest that can run
-            "path": placeholder(str),  # of its kernels; not set: the cheapest by their table
+            "variant": placeholder(str),  # of its kernels; not set: the fastest by their table
         }
     )
     config.data = ConfigDict(

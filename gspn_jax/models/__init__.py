@@ -127,7 +127,7 @@ _GENERATOR_OPTIONS = frozenset(
 )
 _DIT_OPTIONS = frozenset("width depth num_heads patch in_channels mlp_ratio remat dtype".split())
 _MIXER_OPTIONS = frozenset(
-    "proxy_rank weight_channels propagation_channels alignment implementation path keep_states".split()
+    "proxy_rank weight_channels propagation_channels alignment implementation variant keep_states".split()
 )
 
 

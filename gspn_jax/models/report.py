@@ -47,6 +47,6 @@ def _describe(alignment: str, choice: Choice) -> str:
     _, height, width, channels = choice.shape
     reach = "global" if choice.chunk is None else f"chunk {choice.chunk}"
     where = f"{height}x{width}x{channels}, {reach}, {alignment}"
-    kernels = "" if choice.paths is None else f", {choice.paths}"
+    kernels = "" if choice.variants is None else f", {choice.variants}"
     reason = f" ({choice.reason})" if choice.reason else ""
     return f"{choice.operation} {where}: {choice.implementation}{kernels}{reason}"
