@@ -33,8 +33,8 @@ def line_scan(
     float64 x).
 
     Differentiable in x, weights and lam, in reverse mode only: the gradient is a scan in the opposite direction, which
-    keeps the inputs and h. Forward mode is not supported: `jax.jvp`, `jax.jacfwd` and `jax.hessian` raise a TypeError.
-    On "xla" gradients can be differentiated again, by `jax.jacrev(jax.jacrev(...))`.
+    keeps the inputs and h. Forward mode is not supported: `jax.jvp` and `jax.jacfwd` raise a TypeError, and so may
+    `jax.hessian`, which uses it. With "xla", `jax.jacrev(jax.jacrev(f))` gives second derivatives.
 
     Args:
         x: (B, H, W, C) float32, bfloat16, float16 or float64; H and W may be 1.

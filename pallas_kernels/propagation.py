@@ -40,8 +40,8 @@ def propagate(
     `DIRECTIONS` gives the order of the four directions. The sums are float32 (float64 for float64 x).
 
     Differentiable in all arrays, in reverse mode only; between forward and backward it keeps the inputs and h of the
-    four directions, in x's dtype. Forward mode is not supported: `jax.jvp`, `jax.jacfwd` and `jax.hessian` raise a
-    TypeError.
+    four directions, in x's dtype. Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) is not supported, as in
+    `line_scan`.
 
     Args:
         x: (B, H, W, C) float32, bfloat16, float16 or float64.

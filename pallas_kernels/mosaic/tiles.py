@@ -7,11 +7,12 @@ import json
 import pathlib
 from typing import Any
 
-from pallas_kernels.mosaic.card import CLOCK, COPY_BANDWIDTH, Card
+from pallas_kernels.mosaic.card import COPY_BANDWIDTH, Card
 
 MEASURED = pathlib.Path(__file__).with_name("measured_tiles.json")
 
-# Constants of the estimate, for a Hopper GPU, beside the rates in `card`.
+# Constants of the estimate, for a Hopper GPU.
+_CLOCK = 1.7e9  # Hz
 # A thread's instructions, counted in compiled kernels with logits: for each line, and for each pixel and channel that
 # it holds; and its registers in the same way.
 _INSTRUCTIONS = {"forward": (90, 50), "backward": (90, 107)}
@@ -240,9 +241,9 @@ class ScanWork:
         line = max(
             # Rows shorter than 32 bytes still travel from the cache as whole sectors.
             active * moved * (1.5 if half_sectors else 1) / COPY_BANDWIDTH,
-            together * instructions / CLOCK,  # a multiprocessor issues one warpgroup instruction per cycle
-            together * tensor / CLOCK,
-            (waits + _DEPENDENT * instructions) / CLOCK,
+            together * instructions / _CLOCK,  # a multiprocessor issues one warpgroup instruction per cycle
+            together * tensor / _CLOCK,
+            (waits + _DEPENDENT * instructions) / _CLOCK,
             _MEMORY / ahead,
         )
         return launches * (_LAUNCH + waves * self.directions * lines * line)
