@@ -1,10 +1,10 @@
-"""The four directions of a scan, named as it walks the image."""
+"""The four directions of a scan."""
 
 DIRECTIONS = ("right", "down", "left", "up")
 
 
 def walked_axis(direction: str) -> int:
-    """The axis of a (B, H, W, ...) map along which the scan walks: its lines are counted here."""
+    """The axis of a (B, H, W, ...) map along which the scan goes from line to line."""
     return 1 if direction in ("down", "up") else 2
 
 
@@ -14,5 +14,5 @@ def neighbour_axis(direction: str) -> int:
 
 
 def walks_back(direction: str) -> bool:
-    """Whether the first line is the one of largest index."""
+    """Whether the scan starts at the line of largest index."""
     return direction in ("left", "up")

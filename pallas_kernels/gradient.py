@@ -1,7 +1,7 @@
 """The gradient rules, shared by every implementation.
 
-An implementation has the four functions of `reference`: scan and propagation, forward and backward. The
-rules decide what is kept in between (the inputs and h, never more) and where the mesh comes in.
+An implementation has the four functions of `reference`: scan and propagation, forward and backward. The rules decide
+what is kept between forward and backward (the inputs and h, never more) and how a mesh splits the work.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import reference
-from pallas_kernels.dispatch import Paths
+from pallas_kernels.choices import Variants
 from pallas_kernels.mosaic.tiles import Tile
 from pallas_kernels.sharding import MeshAxes, sharded
 from pallas_kernels.up_projection import UpProjection, gradients_of_maps
@@ -21,49 +21,53 @@ from pallas_kernels.up_projection import UpProjection, gradients_of_maps
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static in one call of an operation."""
+    """The static arguments of one call of an operation."""
 
     implementation: str
     chunk: int | None
     axes: MeshAxes
-    # Of a line scan:
+    # Only for a line scan:
     direction: str | None = None
-    from_logits: bool = False  # its weights are given as logits
+    from_logits: bool = False  # whether its weights are given as logits
     tile: Tile | None = None
-    paths: Paths | None = None  # of a propagation by Mosaic kernels
+    # Only for a propagation by Mosaic kernels:
+    variants: Variants | None = None
 
     @property
     def functions(self) -> Any:
+        """The implementation's four functions."""
         if self.implementation == "xla":
             return reference
-        # Here, since importing Pallas takes a second and needs parts of jaxlib that not every platform has.
+        # Imported late: Pallas takes a second to import and needs parts of jaxlib that not every platform has.
         from pallas_kernels.mosaic.operations import Kernels
 
         return Kernels(interpret=self.implementation == "mosaic_interpret")
 
     def forward_options(self, keep: bool) -> dict[str, Any]:
-        """Of a propagation's forward function; `keep`: under differentiation."""
+        """Options of a propagation's forward function; `keep` says whether h is kept for the gradient."""
         options = dict(chunk=self.chunk, keep=keep)
-        return options if self.paths is None else options | dict(path=self.paths.forward(keep))
+        return options if self.variants is None else options | dict(variant=self.variants.forward(keep))
 
     @property
     def scan_options(self) -> dict[str, Any]:
+        """Options of a scan's functions."""
         options = dict(direction=self.direction, chunk=self.chunk, from_logits=self.from_logits)
         return options if self.tile is None else options | dict(tile=self.tile)
 
 
 def _summed(gradient: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """The gradient of an argument that is whole on every device of the named axes."""
+    """The gradient of an argument of which every device on the named axes holds the whole: the sum over devices."""
     return lax.psum(gradient, names) if names else gradient
 
 
 def _over_shared_weights(call: Call) -> tuple[str, ...]:
+    """The axes over which the gradient of weights is summed."""
     return (call.axes.channel,) if call.axes.shares_weights and call.axes.channel else ()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan(call: Call, x: jax.Array, weights: jax.Array, lam: jax.Array) -> jax.Array:
-    """`line_scan`, or `line_scan_from_logits`, after its checks."""
+    """`line_scan` or `line_scan_from_logits`, after its checks."""
     forward = functools.partial(call.functions.scan_forward, **call.scan_options)
     maps, rows = call.axes.map_spec(4), call.axes.weight_spec(5)
     return sharded(forward, call.axes, (maps, rows, maps), maps)(x, weights, lam)
@@ -88,7 +92,7 @@ scan.defvjp(_scan_forward, _scan_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def propagation(call: Call, x, logits, lam, gate, skip, merge) -> jax.Array:
-    """Aligned `propagate` after its checks; `skip` may be None."""
+    """Aligned `propagate`, after its checks; `skip` may be None."""
     return _propagate(call, (x, logits, lam, gate, skip, merge), keep=False)[0]
 
 
@@ -98,7 +102,7 @@ def _propagation_forward(call, *inputs):
 
 
 def _propagate(call: Call, inputs: tuple, keep: bool) -> tuple[jax.Array, tuple]:
-    """y and, if they are kept, the four h."""
+    """y, and h of the four directions if `keep`."""
     forward = functools.partial(call.functions.propagation_forward, **call.forward_options(keep))
     states = (call.axes.map_spec(4),) * (4 if keep else 0)
     specs = _propagation_specs(call, inputs[4])
@@ -123,7 +127,7 @@ propagation.defvjp(_propagation_forward, _propagation_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def low_rank(call: Call, x, proxy, up: UpProjection, merge) -> jax.Array:
-    """`propagate_low_rank` after its checks, by kernels."""
+    """`propagate_low_rank` by kernels, after its checks."""
     return _propagate_low_rank(call, (x, proxy, up, merge), keep=False)[0]
 
 
@@ -133,7 +137,7 @@ def _low_rank_forward(call, *inputs):
 
 
 def _propagate_low_rank(call: Call, inputs: tuple, keep: bool) -> tuple[jax.Array, tuple]:
-    """y and, if they are kept, the four h."""
+    """y, and h of the four directions if `keep`."""
     forward = functools.partial(call.functions.low_rank_forward, **call.forward_options(keep))
     maps = call.axes.map_spec(4)
     return sharded(forward, call.axes, _low_rank_specs(call, inputs[2]), (maps, (maps,) * (4 if keep else 0)))(*inputs)
@@ -141,8 +145,8 @@ def _propagate_low_rank(call: Call, inputs: tuple, keep: bool) -> tuple[jax.Arra
 
 def _low_rank_backward(call, residuals, grad_y):
     inputs, h = residuals
-    assert call.paths is not None
-    options = dict(chunk=call.chunk, path=call.paths.backward)
+    assert call.variants is not None
+    options = dict(chunk=call.chunk, variant=call.variants.backward)
 
     def backward(inputs, h, grad_y):
         _, proxy, up, _ = inputs

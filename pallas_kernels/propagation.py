@@ -1,13 +1,19 @@
-"""Propagation: four line scans with gate, skip and merge, the body of the GSPN module."""
+"""Propagation, the body of the GSPN module: four line scans with gate, skip and merge."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import checks, dispatch, gradient
+from pallas_kernels.choices import GIVEN_MAP_VARIANTS, VARIANTS, Choice, record
 from pallas_kernels.directions import DIRECTIONS
 from pallas_kernels.line_scan import line_scan_from_logits
 from pallas_kernels.sharding import usable_axes, vary_alike
+from pallas_kernels.up_projection import UpProjection, maps_of
 
 ALIGNMENTS = ("aligned", "unturned")
 
@@ -23,68 +29,182 @@ def propagate(
     chunk: int | None = None,
     alignment: str = "aligned",
     implementation: str | None = None,
-    path: str | None = None,
+    variant: str | None = None,
     batch_axis: str | None = "data",
     channel_axis: str | None = "model",
 ) -> jax.Array:
-    """Propagates a map in the four directions and merges the results (GSPN, section 3; `DIRECTIONS` gives the slots):
+    """Propagates a map in four directions and merges the results (GSPN, section 3):
 
         y = sum_d  merge[d] * ( gate_d * line_scan_d(x; row_stochastic(logits_d), lam_d)  +  skip_d * x )
 
-    The sums are float32 (float64 for float64 x). Between forward and backward the inputs and the four h, in x's dtype,
-    are kept.
+    `DIRECTIONS` gives the order of the four directions. The sums are float32 (float64 for float64 x).
+
+    Differentiable in all arrays, in reverse mode only; between forward and backward it keeps the inputs and h of the
+    four directions, in x's dtype. Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) is not supported, as in
+    `line_scan`.
 
     Args:
-      x: (B, H, W, C) float32, bfloat16, float16 or float64.
-      logits: (B, H, W, 4, 3, C_w), C_w a divisor of C. Slots of the axis of 3 as in `line_scan`.
-      lam, gate, skip: (B, H, W, 4, C); skip may be None.
-      merge: (4,).
-      chunk: lines after which each scan restarts; None never.
-      alignment: "aligned": maps and results stay with their pixels. "unturned": what the code released in April 2025
-        computes, on square maps only: x is turned so that each direction becomes "right" (transposed for down and up,
-        then mirrored for left and up), the maps are not, and the results are not turned back.
-      implementation, batch_axis, channel_axis: as in `line_scan`.
-      path: of the Mosaic kernels, "fused" or "fused_on_chip"; None for the cheaper by the table of
-        `pallas_kernels.mosaic.paths`.
+        x: (B, H, W, C) float32, bfloat16, float16 or float64.
+        logits: (B, H, W, 4, 3, C_w), where C_w divides C. The axis of 3 has the slots of `line_scan`.
+        lam: (B, H, W, 4, C).
+        gate: (B, H, W, 4, C).
+        skip: (B, H, W, 4, C), or None for none.
+        merge: (4,).
+        chunk: lines after which each scan restarts; None for scans that never restart.
+        alignment: "aligned": maps and results stay at their pixels. "unturned": the formula of the code released in
+            April 2025, for square maps only. It turns x so that each direction becomes "right" (transposed for down
+            and up, then mirrored for left and up), but does not turn the maps, and does not turn the results back.
+        implementation: as in `line_scan`.
+        variant: of the Mosaic kernels, "fused" or "fused_on_chip"; None for the faster one by the table of
+            `pallas_kernels.mosaic.variants`.
+        batch_axis: as in `line_scan`.
+        channel_axis: as in `line_scan`.
 
     Returns:
-      y, (B, H, W, C) in x's dtype.
+        y, (B, H, W, C) in x's dtype.
 
     Raises:
-      ValueError: wrong shapes, dtypes, chunk or names; "unturned" on a map that is not square; an implementation or
-        path that cannot run here.
+        ValueError: wrong shapes, dtypes, chunk or names; "unturned" on a map that is not square; an implementation or
+            variant that cannot run here.
     """
     given = dict(x=x, logits=logits, lam=lam, gate=gate, merge=merge)
     x, logits, lam, gate, merge = (checks.as_array(name, array) for name, array in given.items())
     skip = None if skip is None else checks.as_array("skip", skip)
-    _check_maps(x, logits, lam, gate, skip, merge)
-    chunk = checks.check_chunk(chunk)
-    checks.check_axis_name("batch_axis", batch_axis)
-    checks.check_axis_name("channel_axis", channel_axis)
+    _check_maps(x, logits, lam, gate, skip)
+    chunk = _check_rest(merge, chunk, batch_axis, channel_axis)
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment: expected one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
     if alignment == "unturned":
         if x.shape[1] != x.shape[2]:
             raise ValueError(f"alignment: 'unturned' expects a square map, got x of shape {x.shape}")
-        if path is not None:
-            raise ValueError(f"path: expected None with alignment 'unturned', got {path!r}")
+        if variant is not None:
+            raise ValueError(f"variant: expected None with alignment 'unturned', got {variant!r}")
         options = dict(chunk=chunk, implementation=implementation, batch_axis=batch_axis, channel_axis=channel_axis)
         return _unturned(x, logits, lam, gate, skip, merge, **options)
     dtypes = {array.dtype.name for array in (x, logits, lam, gate, skip) if array is not None}
     weight_channels = logits.shape[-1]
-    choice = dispatch.choose_propagation(
-        "propagate", implementation, path, x, dtypes, chunk, weight_channels=weight_channels
-    )
+    choice = record(_choose("propagate", implementation, variant, x, dtypes, chunk, weight_channels))
     call = gradient.Call(
         implementation=choice.implementation,
         chunk=chunk,
         axes=usable_axes(x.shape[0], x.shape[-1], weight_channels, batch_axis, channel_axis),
-        paths=choice.paths,
+        variants=choice.variants,
     )
     return gradient.propagation(call, *vary_alike(x, logits, lam, gate, skip, merge))
 
 
-def _check_maps(x, logits, lam, gate, skip, merge) -> None:
+def propagate_low_rank(
+    x: ArrayLike,
+    proxy: ArrayLike,
+    up: UpProjection,
+    merge: ArrayLike,
+    *,
+    chunk: int | None = None,
+    implementation: str | None = None,
+    variant: str | None = None,
+    batch_axis: str | None = "data",
+    channel_axis: str | None = "model",
+) -> jax.Array:
+    """Aligned `propagate(x, *maps, merge)` whose maps are linear functions of a proxy: maps_d = proxy @ up[:, d].
+
+    The maps have the proxy's dtype. With a 16-bit proxy on a GPU that has the kernels, each kernel makes the maps that
+    it needs, forward and backward; between the two only x, proxy, up and h of the four directions are kept. With
+    another dtype or without kernels the maps are arrays, passed to `propagate`, which keeps them.
+
+    Differentiable in x, proxy, up and merge, in reverse mode only, as `propagate`.
+
+    Args:
+        x: (B, H, W, C) float32, bfloat16, float16 or float64.
+        proxy: (B, H, W, S), any of these dtypes.
+        up: `UpProjection`; it is cast to the proxy's dtype.
+        merge: (4,).
+        chunk: as in `propagate`.
+        implementation: as in `propagate`.
+        variant: of the Mosaic kernels, a name in `VARIANTS`; None for the fastest by the table of
+            `pallas_kernels.mosaic.variants`.
+        batch_axis: as in `propagate`.
+        channel_axis: as in `propagate`.
+
+    Returns:
+        y, (B, H, W, C) in x's dtype.
+
+    Raises:
+        ValueError: wrong shapes, dtypes, chunk or names; an implementation or variant that cannot run here.
+    """
+    x, proxy, merge = (checks.as_array(*named) for named in (("x", x), ("proxy", proxy), ("merge", merge)))
+    up = _checked_up(x, proxy, up)
+    chunk = _check_rest(merge, chunk, batch_axis, channel_axis)
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant: expected None or one of {', '.join(VARIANTS)}; got {variant!r}")
+    options: Any = dict(chunk=chunk, implementation=implementation, batch_axis=batch_axis, channel_axis=channel_axis)
+    if proxy.dtype.itemsize > 2:
+        if variant is not None and variant.startswith("low_rank"):
+            raise ValueError(f"variant: {variant!r} expects a 16-bit proxy, got {proxy.dtype.name}")
+        return propagate(x, *maps_of(proxy, up), merge, variant=variant, **options)
+    weight_channels = up.logits.shape[-1]
+    dtypes = {x.dtype.name, proxy.dtype.name}
+    choice = _choose(
+        "propagate_low_rank", implementation, variant, x, dtypes, chunk, weight_channels, rank=proxy.shape[-1]
+    )
+    if choice.variants is None:
+        return propagate(x, *maps_of(proxy, up), merge, **options)
+    call = gradient.Call(
+        implementation=record(choice).implementation,
+        chunk=chunk,
+        axes=usable_axes(x.shape[0], x.shape[-1], weight_channels, batch_axis, channel_axis),
+        variants=choice.variants,
+    )
+    arrays: Any = vary_alike(x, proxy, merge, *up)
+    x, proxy, merge, *projections = arrays
+    return gradient.low_rank(call, x, proxy, UpProjection(*projections), merge)
+
+
+def _choose(
+    operation: str,
+    implementation: str | None,
+    variant: str | None,
+    x: jax.Array,
+    dtypes: Collection[str],
+    chunk: int | None,
+    weight_channels: int,
+    rank: int = 0,
+) -> Choice:
+    """The implementation and, for Mosaic kernels, the variants.
+
+    Args:
+        rank: S of the proxy; 0 where the maps are given.
+
+    Raises:
+        ValueError: `implementation` or `variant` is not a known name, or cannot run.
+    """
+    choice = dispatch.choose(operation, implementation, x.shape, chunk, dtypes)
+    known = VARIANTS if rank else GIVEN_MAP_VARIANTS
+    if variant is not None and variant not in known:
+        raise ValueError(f"variant: expected None or one of {', '.join(known)}; got {variant!r}")
+    if not choice.implementation.startswith("mosaic"):
+        if variant is not None:
+            raise ValueError(f"variant: expected None where `{choice.implementation}` runs, got {variant!r}")
+        return choice
+    from pallas_kernels.mosaic import variants  # late: importing Pallas takes a second
+
+    is_interpreted = choice.implementation == "mosaic_interpret"
+    widest = max(dtypes, key=lambda name: jnp.dtype(name).itemsize)  # a tile that fits it fits the others
+    work = variants.Work(x.shape, widest, weight_channels, chunk, rank)
+    chosen = variants.choose(work, variant, is_interpreted)
+    why = "variant asked for" if variant else f"variants {variants.basis()}"
+    return dataclasses.replace(choice, variants=chosen, reason="; ".join(filter(None, (choice.reason, why))))
+
+
+def _check_rest(merge: jax.Array, chunk: int | None, batch_axis: str | None, channel_axis: str | None) -> int | None:
+    """Checks the arguments that both operations have; `chunk` as a plain int."""
+    checks.check_shape("merge", merge, (4,), "one scalar for each direction")
+    checks.check_float("merge", merge)
+    checks.check_axis_name("batch_axis", batch_axis)
+    checks.check_axis_name("channel_axis", channel_axis)
+    return checks.check_chunk(chunk)
+
+
+def _check_maps(x, logits, lam, gate, skip) -> None:
     checks.check_map("x", x)
     if logits.ndim != 6:
         raise ValueError(f"logits: expected shape (B, H, W, 4, 3, C_w), got {logits.shape}")
@@ -96,15 +216,41 @@ def _check_maps(x, logits, lam, gate, skip, merge) -> None:
         if array is not None:
             checks.check_shape(name, array, (*x.shape[:3], 4, x.shape[-1]), "(B, H, W, 4, C) with x's B, H, W, C")
             checks.check_float(name, array)
-    checks.check_shape("merge", merge, (4,), "one scalar a direction")
-    checks.check_float("merge", merge)
+
+
+def _checked_up(x: jax.Array, proxy: jax.Array, up: Any) -> UpProjection:
+    """`up` as arrays in the proxy's dtype, after checks of x, proxy and up."""
+    checks.check_map("x", x)
+    if proxy.ndim != 4 or proxy.shape[:3] != x.shape[:3] or proxy.shape[3] < 1:
+        raise ValueError(f"proxy: expected shape (B, H, W, S) with x's B, H, W, got {proxy.shape} for x {x.shape}")
+    checks.check_float("proxy", proxy)
+    if not isinstance(up, UpProjection):
+        raise ValueError(f"up: expected an UpProjection, got {type(up).__name__}")
+    rank, channels = proxy.shape[-1], x.shape[-1]
+    arrays = [None if a is None else checks.as_array(f"up.{name}", a) for name, a in zip(up._fields, up, strict=True)]
+    for name, array in zip(up._fields, arrays, strict=True):
+        if array is None:
+            if name != "skip":
+                raise ValueError(f"up.{name}: expected an array, got None")
+            continue
+        if name == "logits":
+            if array.ndim != 4:
+                raise ValueError(f"up.logits: expected shape (S, 4, 3, C_w), got {array.shape}")
+            expected = (rank, 4, 3, array.shape[-1])
+            checks.check_shape("up.logits", array, expected, "(S, 4, 3, C_w) with the proxy's S")
+            checks.check_weight_channels("up.logits", array.shape[-1], channels)
+        else:
+            checks.check_shape(f"up.{name}", array, (rank, 4, channels), "(S, 4, C) with the proxy's S and x's C")
+        checks.check_float(f"up.{name}", array)
+    cast: Any = (None if array is None else array.astype(proxy.dtype) for array in arrays)
+    return UpProjection(*cast)
 
 
 def _unturned(x, logits, lam, gate, skip, merge, **options) -> jax.Array:
     dtype = checks.state_dtype(x)
     y = jnp.zeros_like(x, dtype)
     for d, direction in enumerate(DIRECTIONS):
-        turned = jnp.swapaxes(x, 1, 2) if direction in ("down", "up") else x
+        turned = jnp.swapaxes(x, 1, 2) if direction in ("down", "up") else x  # (B, W, H, C), square
         turned = turned[:, :, ::-1] if direction in ("left", "up") else turned
         h = line_scan_from_logits(turned, logits[:, :, :, d], lam[:, :, :, d], direction="right", **options)
         part = gate[:, :, :, d].astype(dtype) * h.astype(dtype)

@@ -1,4 +1,4 @@
-"""The `lax.scan` implementation, forward and backward: the oracle, and what runs where there is no kernel."""
+"""The `lax.scan` implementation, forward and backward. Kernels are tested against it; it runs on every device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ _SLOTS = range(3)
 def scan_forward(
     x: jax.Array, weights: jax.Array, lam: jax.Array, direction: str, chunk: int | None, *, from_logits: bool
 ) -> jax.Array:
-    """h of `line_scan`, or of `line_scan_from_logits` with logits as weights: (B, H, W, C) in x's dtype."""
+    """h of `line_scan`, or of `line_scan_from_logits` if `weights` are logits: (B, H, W, C) in x's dtype."""
     walk = Walk(direction, x.shape, chunk)
     dtype = state_dtype(x)
     x_view, w_view, lam_view = (walk.chunks(array) for array in (x, weights, lam))
@@ -39,7 +39,7 @@ def scan_backward(
     x: jax.Array, weights: jax.Array, lam: jax.Array, h: jax.Array, grad_h: jax.Array, direction: str,
     chunk: int | None, *, from_logits: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Gradients of x, weights (or logits) and lam, each in its own dtype: the scan walked backwards on `grad_h`."""
+    """Gradients of x, weights (or logits) and lam, each in its own dtype, by a scan of `grad_h` in reverse order."""
     walk = Walk(direction, x.shape, chunk)
     dtype = state_dtype(x)
     x_view, w_view, lam_view, h_view, grad_view = (walk.chunks(array) for array in (x, weights, lam, h, grad_h))
@@ -66,10 +66,7 @@ def scan_backward(
 
 
 def propagation_forward(x, logits, lam, gate, skip, merge, chunk: int | None, keep: bool) -> tuple[jax.Array, tuple]:
-    """y of the aligned `propagate`, and the four h, (B, H, W, C) in x's dtype, or none where not `keep`.
-
-    Each direction adds its part to y.
-    """
+    """y of the aligned `propagate`, and h of the four directions, (B, H, W, C) in x's dtype (empty unless `keep`)."""
     dtype = state_dtype(x)
     merge = merge.astype(dtype)
     y, states = jnp.zeros_like(x, dtype), []
@@ -86,7 +83,7 @@ def propagation_forward(x, logits, lam, gate, skip, merge, chunk: int | None, ke
                 _mix(walk, _weight_lines(walk, _slot_lines(walk, logit_view, index, d), dtype, True), halo)
                 + lam_line * x_line
             )
-            # What the gate meets is h as it is kept, so that forward and backward agree.
+            # The gate multiplies h as it is kept, rounded, because the backward pass will read it so.
             part = gate_line * line.astype(x.dtype).astype(dtype)
             if skip_line is not None:
                 part = part + skip_line * x_line
@@ -122,7 +119,7 @@ def propagation_backward(x, logits, lam, gate, skip, merge, h, grad_y, chunk: in
                 lambda lines: _weight_lines(walk, lines, dtype, True), _slot_lines(walk, logit_view, index, d)
             )
             scaled = wide_merge[d] * grad_line
-            total = scaled * gate_line + _unmix(walk, passed)  # of h
+            total = scaled * gate_line + _unmix(walk, passed)  # the gradient of h
             to_x, part = lam_line * total, gate_line * h_line
             if skip_line is not None:
                 to_x, part = to_x + skip_line * scaled, part + skip_line * x_line
@@ -159,19 +156,19 @@ def _mix(walk: Walk, weights: Sequence[jax.Array], halo: jax.Array) -> jax.Array
 
 
 def _pass_back(walk: Walk, passed: list, weights: Sequence[jax.Array], total: jax.Array) -> list[jax.Array]:
-    """What a line passes back to the one before it, slot by slot, still at the pixels that read it."""
+    """The three products of weights and gradient that go to the line before, each still at the pixel that read h."""
     channels = total.shape[-1]
     return [walk.fill(halo, spread(w, channels) * total) for halo, w in zip(passed, weights, strict=True)]
 
 
 def _unmix(walk: Walk, passed: list[jax.Array]) -> jax.Array:
-    """The transpose of `_mix`: slot 0 of pixel j read h[j - 1], so pixel j gets slot 0 of pixel j + 1, and so on."""
+    """The transpose of `_mix`: slot 0 of pixel j read h[j - 1], so pixel j gets slot 0 of pixel j + 1, and likewise."""
     smaller, same, larger = (walk.neighbours(halo)[2 - slot] for slot, halo in enumerate(passed))
     return same + (smaller + larger)
 
 
 def _line_before(walk: Walk, h_view: jax.Array, index, dtype: jnp.dtype) -> jax.Array:
-    """h of the line before `index`; zeros before the first."""
+    """h of the line before line `index`; zeros for the first line."""
     line = walk.line(h_view, jnp.maximum(index - 1, 0)).astype(dtype)
     return jnp.where(index == 0, jnp.zeros_like(line), line)
 
@@ -185,7 +182,7 @@ def _slot_lines(walk: Walk, view: jax.Array, index, *direction: int) -> list[jax
 
 
 def _weight_lines(walk: Walk, lines: Sequence[jax.Array], dtype: jnp.dtype, from_logits: bool) -> list[jax.Array]:
-    """Weights in the state's dtype from the three lines of what was given."""
+    """The three weights of a line in the state's dtype, from its weights or logits."""
     if not from_logits:
         return [line.astype(dtype) for line in lines]
     wide = (line.astype(state_dtype(line)) for line in lines)

@@ -1,4 +1,4 @@
-"""The maps of propagation as linear functions of a low-rank proxy (GSPN, section 3; figure 2)."""
+"""The maps of a propagation as linear functions of a low-rank proxy (GSPN, section 3; figure 2)."""
 
 from typing import Any, NamedTuple
 
@@ -9,11 +9,13 @@ from pallas_kernels.checks import state_dtype
 
 
 class UpProjection(NamedTuple):
-    """From a proxy of S channels to the maps of the four directions, in the order of `DIRECTIONS`.
+    """Matrices from a proxy of S channels to the maps of the four directions, in the order of `DIRECTIONS`.
 
     Attributes:
-      logits: (S, 4, 3, C_w), C_w a divisor of C.
-      lam, gate, skip: (S, 4, C); skip may be None.
+        logits: (S, 4, 3, C_w), where C_w divides C.
+        lam: (S, 4, C).
+        gate: (S, 4, C).
+        skip: (S, 4, C), or None for a propagation without skip.
     """
 
     logits: jax.Array
@@ -23,15 +25,22 @@ class UpProjection(NamedTuple):
 
 
 def maps_of(proxy: jax.Array, up: UpProjection) -> tuple[jax.Array, Any, Any, Any]:
-    """logits (B, H, W, 4, 3, C_w), lam, gate and skip (B, H, W, 4, C) of a proxy (B, H, W, S), in its dtype."""
+    """proxy (B, H, W, S) times `up`: logits (B, H, W, 4, 3, C_w), and lam, gate, skip (B, H, W, 4, C).
+
+    The maps have the proxy's dtype; skip is None where `up.skip` is.
+    """
     lam, gate, skip = (None if array is None else jnp.einsum("bhws,sdc->bhwdc", proxy, array) for array in up[1:])
     return jnp.einsum("bhws,sdkc->bhwdkc", proxy, up.logits), lam, gate, skip
 
 
 def gradients_of_maps(proxy: jax.Array, up: UpProjection, grads: tuple) -> tuple[jax.Array, UpProjection]:
-    """Gradients of proxy and up, float32 (float64 for float64), from those of `maps_of`.
+    """Gradients of proxy and up, float32 (float64 for a float64 proxy), from the gradients of `maps_of`.
 
-    `grads[0]` may have a logit for each of more channels than C_w, as if each column were repeated.
+    Args:
+        proxy: (B, H, W, S).
+        up: the matrices.
+        grads: of logits, lam, gate and skip (None where `up.skip` is). The gradient of logits may have C channels
+            instead of C_w, one for each channel that shares a weight.
     """
     dtype = state_dtype(proxy)
     weight_channels, channels = up.logits.shape[-1], grads[0].shape[-1]
@@ -42,7 +51,7 @@ def gradients_of_maps(proxy: jax.Array, up: UpProjection, grads: tuple) -> tuple
         if column is None:
             of_up.append(None)
             continue
-        # All maps of a pixel on one axis: of several XLA makes a copy in another order.
+        # (B, H, W, ...) to (B, H, W, M): XLA would copy an array of several map axes into another order.
         grad, rows = grad.reshape(*proxy.shape[:3], -1), column.reshape(column.shape[0], -1)
         of_proxy += jnp.einsum("bhwm,sm->bhws", grad, rows, preferred_element_type=dtype)
         of_up.append(jnp.einsum("bhws,bhwm->sm", proxy, grad, preferred_element_type=dtype).reshape(column.shape))

@@ -1,7 +1,7 @@
-"""How a direction meets the lines of a map, and what a line passes on: the index arithmetic of the reference.
+"""The index arithmetic of the reference: the lines of a map in the order of a direction, and a pixel's neighbours.
 
-Lines are read and written where they lie: nothing is transposed, mirrored or copied. The axis that the scan walks is
-seen as (chunks, lines of a chunk), and the chunks advance together.
+Lines are read and written in place: nothing is transposed, mirrored or copied. The axis that the scan walks is seen as
+(chunks, lines of a chunk), and all chunks advance together.
 """
 
 import dataclasses
@@ -15,10 +15,16 @@ from pallas_kernels.directions import neighbour_axis, walked_axis, walks_back
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """How a direction meets the lines of a (B, H, W, ...) map. Index 0 is the first line of each chunk."""
+    """The lines of a (B, H, W, ...) map in the order of a direction. Index 0 is the first line of each chunk.
+
+    Attributes:
+        direction: a name in `DIRECTIONS`.
+        shape: (B, H, W, C) of x.
+        chunk: lines after which the scan restarts, or None.
+    """
 
     direction: str
-    shape: tuple[int, ...]  # of x
+    shape: tuple[int, ...]
     chunk: int | None
 
     @property
@@ -27,7 +33,7 @@ class Walk:
 
     @property
     def lines(self) -> int:
-        """Lines of a chunk, or of the map."""
+        """Lines of a chunk; of the whole map without chunks."""
         return min(self.chunk or self.length, self.length)
 
     @property
@@ -36,23 +42,23 @@ class Walk:
 
     @property
     def _axis(self) -> int:
-        """The axis of the lines of a chunk, after that of the chunks where there are several."""
+        """The axis of a chunk's lines; where there are several chunks, their axis comes before it."""
         return walked_axis(self.direction) + (self._count > 1)
 
     @property
     def _slot_axis(self) -> int:
-        """The first axis of `chunks` after those of (B, H, W)."""
+        """The first axis of `chunks(array)` after B, H and W."""
         return 3 + (self._count > 1)
 
     @property
     def pixel_axis(self) -> int:
-        """The axis of a line along which the three neighbours lie: (B, H, ...), or (B, W, ...), chunks before W."""
+        """The axis of a line along which the neighbours lie. A line is (B, H, ...), or (B, [chunks,] W, ...)."""
         return 2 if neighbour_axis(self.direction) == 2 and self._count > 1 else 1
 
     def chunks(self, array: jax.Array) -> jax.Array:
-        """(B, H, W, ...) with the walked axis as (chunks, lines), or as it is where there is one chunk.
+        """(B, H, W, ...) with the walked axis split into (chunks, lines); unchanged where there is one chunk.
 
-        Where the last chunk is not full, zeros fill it.
+        Zeros fill the last chunk.
         """
         if self._count == 1:
             return array
@@ -74,12 +80,13 @@ class Walk:
         return lax.slice_in_dim(array, start, start + self.length, axis=axis)
 
     def line(self, array: jax.Array, index, *slots: int) -> jax.Array:
-        """Line `index` of each chunk, without the axis of the lines.
+        """Line `index` of each chunk; the axis of the lines is dropped.
 
         Args:
-          array: as `chunks` gives it.
-          index: 0 is the line where the walk starts.
-          slots: entries of the axes after (B, H, W), which go too: of a direction, of a neighbour.
+            array: from `chunks`.
+            index: 0 is the line where the walk starts.
+            slots: indices into the axes after (B, H, W), such as the direction and the neighbour; these axes are
+                dropped too.
         """
         line = lax.dynamic_index_in_dim(array, self._place(index), self._axis, keepdims=False)
         for slot in slots:
@@ -99,29 +106,31 @@ class Walk:
         return self.lines - 1 - index if walks_back(self.direction) else index
 
     def halo(self, line: jax.Array) -> jax.Array:
-        """A line of zeros with one pixel more at each end, which stays zero: outside the image h is 0.
+        """A line of zeros with one extra pixel at each end, which stays zero because h is 0 outside the image.
 
-        A neighbour is then an offset. Padding each line instead keeps XLA from vectorising the loop on a CPU.
+        Neighbours are then slices at an offset. If each line were padded instead, XLA would not vectorise the loop on
+        a CPU.
         """
         return jnp.pad(jnp.zeros_like(line), [(1, 1) if i == self.pixel_axis else (0, 0) for i in range(line.ndim)])
 
     def fill(self, halo: jax.Array, line: jax.Array) -> jax.Array:
+        """`halo` with `line` between its two ends."""
         return lax.dynamic_update_slice_in_dim(halo, line, 1, self.pixel_axis)
 
     def neighbours(self, halo: jax.Array) -> list[jax.Array]:
-        """What is at the pixel of smaller index, the same, and larger index on the line in `halo`."""
+        """The line in `halo` seen from each pixel's neighbour of smaller, same and larger index."""
         size = halo.shape[self.pixel_axis] - 2
         return [lax.slice_in_dim(halo, start, start + size, axis=self.pixel_axis) for start in range(3)]
 
 
 def spread(w: jax.Array, channels: int) -> jax.Array:
-    """Weights (..., C_w) for every channel: channel c uses weight channel c // (C / C_w)."""
+    """Weights (..., C_w) as (..., C): channel c uses weight channel c // (C / C_w). C_w = 1 is left to broadcasting."""
     weight_channels = w.shape[-1]
     return w if weight_channels in (1, channels) else jnp.repeat(w, channels // weight_channels, axis=-1)
 
 
 def gathered(products: jax.Array, weight_channels: int) -> jax.Array:
-    """The transpose of `spread`: (..., C) summed over the channels that share a weight."""
+    """The transpose of `spread`: (..., C) summed to (..., C_w) over the channels that share a weight."""
     channels = products.shape[-1]
     if weight_channels == channels:
         return products

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import UpProjection, propagate, propagate_low_rank
-from pallas_kernels.dispatch import PATHS
+from pallas_kernels import VARIANTS, UpProjection, propagate, propagate_low_rank
 from pallas_kernels.propagation import ALIGNMENTS
 from pallas_kernels.up_projection import maps_of
 
@@ -35,7 +34,7 @@ class GSPNMixer(nnx.Module):
         chunk: int | None = None,
         alignment: str = "aligned",
         implementation: str | None = None,
-        path: str | None = None,
+        variant: str | None = None,
         keep_states: bool = True,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
@@ -51,7 +50,7 @@ class GSPNMixer(nnx.Module):
         chunk: lines after which the scans restart (local GSPN); None: global, at every resolution.
         alignment: "aligned" or "unturned", as in `pallas_kernels.propagate`.
         implementation: of the propagation; None takes the fastest.
-        path: of the Mosaic kernels, as in `pallas_kernels.propagate_low_rank`; None for the cheapest by their table.
+        variant: of the Mosaic kernels, as in `pallas_kernels.propagate_low_rank`; None for the fastest by their table.
         keep_states: keeps the hidden states of the four directions for the gradient, four maps in `dtype`; else the
           propagation runs again in the backward pass.
         dtype: of the computation; the hidden state is float32.
@@ -67,9 +66,9 @@ class GSPNMixer(nnx.Module):
             raise ValueError(f"alignment: expected one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk: expected None or at least 1 line, got {chunk}")
-        if path is not None and path not in PATHS:
-            raise ValueError(f"path: expected None or one of {', '.join(PATHS)}; got {path!r}")
-        self.chunk, self.alignment, self.implementation, self.path = chunk, alignment, implementation, path
+        if variant is not None and variant not in VARIANTS:
+            raise ValueError(f"variant: expected None or one of {', '.join(VARIANTS)}; got {variant!r}")
+        self.chunk, self.alignment, self.implementation, self.variant = chunk, alignment, implementation, variant
         self.keep_states, self.dtype = keep_states, dtype
         self.channels, self.weight_channels = channels, weight_channels
 
@@ -120,7 +119,7 @@ class GSPNMixer(nnx.Module):
         logits = self.logits.kernel[...].astype(self.dtype).reshape(-1, 4, 3, self.weight_channels)
         logits = jnp.pad(logits, [(0, 0)] * 3 + [(0, pad_groups)])
         up = UpProjection(logits, *(columns(projection) for projection in (self.lam, self.gate, self.skip)))
-        options: Any = dict(chunk=self.chunk, implementation=self.implementation, path=self.path)
+        options: Any = dict(chunk=self.chunk, implementation=self.implementation, variant=self.variant)
 
         def propagation(x: jax.Array, proxy: jax.Array, up: UpProjection, merge: jax.Array) -> jax.Array:
             if self.alignment == "aligned":

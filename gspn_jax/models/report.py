@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from pallas_kernels import record_choices
-from pallas_kernels.dispatch import Choice
+from pallas_kernels.choices import Choice
 
 
 def parameter_count(model: nnx.Module) -> int:

@@ -1,8 +1,8 @@
-"""Arrays in the form that the kernels take: what they cannot address is padded, shared weights are laid out.
+"""Arrays in the layout that the kernels read: channels are padded for TMA, shared weights get a layout of their own.
 
-TMA wants 16-byte steps between pixels: C is rounded up to a multiple of 8 (4 in float32). Weights that all channels
-share, or 8, 16, ... of them, stay as they are; those that another number shares are repeated for each channel. A map of
-fewer than 8 channels and several images is scanned as one image with all their channels, which moves less.
+TMA needs pixels at multiples of 16 bytes, so C is rounded up to a multiple of 8 (4 in float32). Weights shared by all
+channels, or by a multiple of 8 of them, stay shared; other shared weights are repeated for each channel. Several images
+of fewer than 8 channels are scanned as one image with the channels of all, which moves fewer bytes.
 """
 
 import os
@@ -15,20 +15,20 @@ from pallas_kernels.directions import DIRECTIONS, neighbour_axis, walked_axis
 from pallas_kernels.mosaic import primitives
 from pallas_kernels.mosaic.card import planned_for
 from pallas_kernels.mosaic.maps import Given, Made
-from pallas_kernels.mosaic.tiles import MAPS, Tile, Work, lines_of_product, plan, rows_of_product
+from pallas_kernels.mosaic.tiles import MAPS, ScanWork, Tile, lines_of_product, plan, rows_of_product
 from pallas_kernels.walk import spread
 
-_UNIT = 8  # channels: the least channel block
-_FLOAT32 = jax.ShapeDtypeStruct((), jnp.float32)  # y while directions add to it
-_ON_CHIP = 4  # bytes per pixel and channel of y in shared memory, beside x
+_UNIT = 8  # channels of the smallest channel block
+_FLOAT32 = jax.ShapeDtypeStruct((), jnp.float32)  # y, while the directions add to it
+_ON_CHIP = 4  # bytes per pixel and channel that y takes in shared memory, beside x
 
 
 class Form:
-    """Arrays of an operation in the form that the kernels take, and the way back.
+    """Converts the arrays of one scan to the kernels' layout and back.
 
     Attributes:
-      work: what the kernel does, as its tile depends on it.
-      tile: how it does it.
+        work: what the tile depends on.
+        tile: the kernel's tile.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Form:
         self.direction, self.chunk, axis = direction, chunk, walked_axis(direction)
         self.weight_dtype = weights.dtype
         sharing = self.channels // self.weight_channels
-        # Weights are laid out for sharing where whole channel blocks share one; else there is one for each channel.
+        # Weights stay shared if whole channel blocks share one; else each channel gets its own.
         self.is_shared = sharing > 1 and (self.weight_channels == 1 or sharing % _UNIT == 0)
         self.folds = may_fold and sharing == 1 and self.channels < _UNIT and self.batch > 1
 
@@ -49,11 +49,11 @@ class Form:
         self.padded = max(self.padded, least_channels)
         each = () if self.is_shared else (3 * weights.dtype.itemsize,)
         lines, self.length = x.shape[axis], x.shape[neighbour_axis(direction)]
-        # Where all directions are walked in one kernel, the tile is that of the longer side.
+        # A kernel that walks all four directions has one tile, as long as the map's longer side.
         walked = max(lines, self.length) if resident else min(chunk or lines, lines)
 
-        def work_of(channels: int) -> Work:
-            return Work(
+        def work_of(channels: int) -> ScanWork:
+            return ScanWork(
                 kernel=kernel,
                 batch=1 if self.folds else self.batch,
                 lines=min(lines, self.length) if resident else lines,
@@ -68,31 +68,32 @@ class Form:
                 resident=resident,
             )
 
-        # A channel block of fewer than all channels is clipped at the end of a line; one of all is not always.
+        # A store of all channels may be contiguous and then is not clipped at the end of a line; with another channel
+        # block beside it, it is always clipped.
         works = [work_of(channels) for channels in (self.padded, self.padded + _UNIT)]
         card = planned_for()
-        path = ("low_rank" if rank else "fused") + ("_on_chip" if resident else "")
+        variant = ("low_rank" if rank else "fused") + ("_on_chip" if resident else "")
         if rank and not card.multiplies:
-            raise ValueError(f"path: {path!r} expects a card with wgmma, of compute capability 9, got {card.name}")
+            raise ValueError(f"variant: expected one without wgmma, which {card.name} lacks, got {variant!r}")
         if tile is not None:
             works = [work for work in works if work.fits(tile, card)]
             if not works:
-                raise ValueError(f"tile: expected one that serves the {kernel} scan of x {x.shape}, got {tile!r}")
+                raise ValueError(f"tile: expected one that fits the {kernel} scan of x {x.shape}, got {tile!r}")
             if tile.warpgroups > (most := _most_warpgroups(interpret)):
-                raise ValueError(f"tile: the interpreter runs at most {most} warpgroups here, got {tile!r}")
+                raise ValueError(f"tile: expected at most {most} warpgroups in the interpreter, got {tile!r}")
         planned = ((work, tile or plan(work, card, _most_warpgroups(interpret))) for work in works)
         work, chosen = next(((work, chosen) for work, chosen in planned if chosen is not None), (works[0], None))
         if chosen is None and (rank or resident):
-            of_rank = f" with a proxy of {rank} channels" if rank else ""
-            raise ValueError(f"path: {path!r} has no tile on {card.name} for x {x.shape} of {x.dtype.name}{of_rank}")
+            of_x, of_rank = f"x {x.shape} {x.dtype.name}", f", proxy of {rank} channels" if rank else ""
+            raise ValueError(f"variant: expected one that fits {card.name} and {of_x}{of_rank}, got {variant!r}")
         if chosen is None:
-            raise ValueError(f"x: expected a map that a tile serves on {card.name}, got {x.shape} of {x.dtype.name}")
+            raise ValueError(f"x: expected a map that some tile fits on {card.name}, got {x.shape} {x.dtype.name}")
         self.padded, self.work, self.tile = work.channels, work, chosen
 
     def map(self, array: jax.Array) -> jax.Array:
-        """(B, H, W, ..., C) with the kernels' batch and channels."""
+        """(B, H, W, ..., C) with the channels padded, or (1, H, W, ..., padded B*C) where images are folded."""
         if self.folds:
-            array = jnp.moveaxis(array, 0, -2)[None]
+            array = jnp.moveaxis(array, 0, -2)[None]  # (1, H, W, ..., B, C)
             array = array.reshape(*array.shape[:-2], -1)
         missing = self.padded - array.shape[-1]
         return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)]) if missing else array
@@ -101,27 +102,27 @@ class Form:
         """The inverse of `map`."""
         array = array[..., : self.channels * (self.batch if self.folds else 1)]
         if self.folds:
-            array = array.reshape(*array.shape[1:-1], self.batch, self.channels)
+            array = array.reshape(*array.shape[1:-1], self.batch, self.channels)  # (H, W, ..., B, C)
             array = jnp.moveaxis(array, -2, 0)
         return array
 
     def weights(self, weights: jax.Array) -> jax.Array:
-        """(B, H, W, 3, C_w) in one of the two forms of `line_scan`."""
+        """(B, H, W, 3, C_w) in one of the two forms that `mosaic.weights` describes."""
         if not self.is_shared:
             return self.map(spread(weights, self.channels) if self.weight_channels < self.channels else weights)
-        # (B, lines, C_w, 4, pixels), the pixels a multiple of 16 bytes.
+        # To (B, lines, C_w, 4, pixels), where the pixels take a multiple of 16 bytes.
         axis = walked_axis(self.direction)
         weights = weights.astype(jnp.float32).transpose((0, axis, 4, 3, 3 - axis))
         return jnp.pad(weights, [(0, 0)] * 3 + [(0, 1), (0, -weights.shape[-1] % 4)])
 
     def weights_back(self, grads: jax.Array) -> jax.Array:
-        """The gradient of `weights`: summed over the channels that share one."""
+        """The gradient of weights (B, H, W, 3, C_w) from the kernel's: summed over channels that share a weight."""
         if not self.is_shared:
             grads = self.map_back(grads)
             if self.weight_channels < self.channels:
                 grads = grads.reshape(*grads.shape[:-1], self.weight_channels, -1).astype(jnp.float32).sum(-1)
             return grads.astype(self.weight_dtype)
-        # (B, lines, channel blocks, 4, pixels) to (B, H, W, 3, C_w). Blocks of padding hold zeros.
+        # (B, lines, channel blocks, 4, pixels) to (B, H, W, 3, C_w). Blocks of padded channels hold zeros.
         batch, lines, blocks, _, _ = grads.shape
         grads = grads[:, :, :, :3, : self.length].reshape(batch, lines, self.weight_channels, -1, 3, self.length).sum(3)
         axes = (0, 1, 4, 3, 2) if walked_axis(self.direction) == 1 else (0, 4, 1, 3, 2)
@@ -129,11 +130,12 @@ class Form:
 
 
 class GivenForms:
-    """Arrays of a propagation in the form that the kernels take: maps in memory.
+    """Converts the arrays of a propagation whose maps are in memory to the kernels' layout and back.
 
     Attributes:
-      chunk: of the operation.
-      forms, tiles: of each direction; the same tile of all where they are walked on chip.
+        chunk: lines after which the scans restart, or None.
+        forms: for each direction.
+        tiles: for each direction; all the same in a kernel that walks all four.
     """
 
     def __init__(self, kernel: str, x, logits, lam, gate, *skip, chunk: int | None, on_chip: bool, interpret: bool):
@@ -143,15 +145,15 @@ class GivenForms:
         self.map, self.map_back = self.forms[0].map, self.forms[0].map_back
 
     def arrays(self, logits, lam, gate, *skip) -> tuple:
-        """The maps as the kernels take them: logits, for each direction where they are shared, else for all."""
+        """The logits, one array per direction if they are shared, else one for all four; and lam, gate and skip."""
         if self.forms[0].is_shared:
             parts = [form.weights(logits[:, :, :, d]) for d, form in enumerate(self.forms)]
         else:
-            parts = [self.forms[0].weights(logits.reshape(*logits.shape[:3], 12, logits.shape[-1]))]
+            parts = [self.forms[0].weights(logits.reshape(*logits.shape[:3], 12, logits.shape[-1]))]  # 4, 3 to 12
         return parts, [self.map(array) for array in (lam, gate, *skip)]
 
     def maps(self, arrays: tuple) -> list[Given]:
-        """For each direction, of what `arrays` gave."""
+        """The kernels' maps of each direction, from the result of `arrays`."""
         logits, (lam, gate, *skip) = arrays
         each = logits if len(logits) > 1 else logits * len(DIRECTIONS)
         return [Given(array, lam, gate, *(skip or [None])) for array in each]
@@ -165,7 +167,7 @@ class GivenForms:
 
 
 class MadeForms:
-    """As `GivenForms`: maps that the kernels make of a proxy (B, H, W, S) and `up`, as in `propagate_low_rank`."""
+    """As `GivenForms`, for maps that the kernels make from a proxy (B, H, W, S) and `up`."""
 
     def __init__(self, kernel: str, x, proxy, up, *, chunk: int | None, on_chip: bool, interpret: bool):
         self.chunk, self._up, self._channels = chunk, up, x.shape[-1]
@@ -178,13 +180,13 @@ class MadeForms:
         self.map, self.map_back = self.forms[0].map, self.forms[0].map_back
 
     def arrays(self, proxy: jax.Array) -> tuple:
-        """The proxy in the order of each axis that is walked, and the columns of `up` for each direction."""
+        """The proxy in the order of each walked axis (W, H), and the columns of `up` for each direction."""
         return [self._proxy(proxy, form) for form in self.forms[:2]], [
             self._columns(d, form.tile) for d, form in enumerate(self.forms)
         ]
 
     def maps(self, arrays: tuple) -> list[Made]:
-        """For each direction, of what `arrays` gave."""
+        """The kernels' maps of each direction, from the result of `arrays`."""
         proxies, columns = arrays
         return [
             Made(proxies[d % 2], self._pitch(form), columns[d], self._has_skip) for d, form in enumerate(self.forms)
@@ -196,43 +198,46 @@ class MadeForms:
         return grad.reshape(*grad.shape[:3], 4, 3, -1)
 
     def _pitch(self, form: "Form") -> int:
-        # Where a product makes several lines, they lie as close as in its tile.
+        # Where one matrix product makes several lines, they are as close as in its tile.
         return form.tile.rows if lines_of_product(form.tile) > 1 else primitives.round_up(form.length, 8)
 
     def _proxy(self, proxy: jax.Array, form: "Form") -> jax.Array:
-        """`maps.Made.proxy`."""
+        """The array `maps.Made.proxy`."""
         if walked_axis(form.direction) == 2:
-            proxy = proxy.swapaxes(1, 2)
+            proxy = proxy.swapaxes(1, 2)  # (B, lines, pixels, S)
         batch, lines, length, rank = proxy.shape
         pitch = self._pitch(form)
         proxy = jnp.pad(proxy, [(0, 0), (0, 0), (0, pitch - length), (0, self._rank - rank)])
-        # The product that begins at the last line, or pixel, reads beyond it.
+        # A product that begins at the last line or pixel reads beyond it.
         proxy = proxy.reshape(batch, lines * pitch, self._rank)
         return jnp.pad(proxy, [(0, 0), (0, rows_of_product(form.tile) + form.tile.extent), (0, 0)])
 
     def _columns(self, direction: int, tile: Tile) -> jax.Array:
-        """`maps.Made.up`."""
+        """The array `maps.Made.up`."""
         each: Any = (None if array is None else array[:, direction] for array in self._up)
         logits, *maps = each
         logits = jnp.repeat(logits, self._channels // logits.shape[-1], axis=-1)
         maps = [jnp.zeros_like(logits[:, 0]) if array is None else array for array in maps]
-        columns = jnp.concatenate([logits, jnp.stack(maps, axis=1)], axis=1)
+        columns = jnp.concatenate([logits, jnp.stack(maps, axis=1)], axis=1)  # (S, 6, C)
         missing = -columns.shape[-1] % tile.channels
         columns = jnp.pad(columns, [(0, self._rank - columns.shape[0]), (0, 0), (0, missing)])
-        columns = columns.reshape(self._rank, MAPS, -1, tile.channels).swapaxes(1, 2)
+        columns = columns.reshape(self._rank, MAPS, -1, tile.channels).swapaxes(1, 2)  # (S, blocks, 6, channels)
         return columns.reshape(self._rank, -1)
 
 
 def _four_forms(
     kernel: str, x, logits, maps, chunk: int | None, on_chip: bool, interpret: bool, rank: int = 0
 ) -> list["Form"]:
-    """Of the four directions, "forward" or "backward", with the same channels: one may need more than another."""
+    """The forms of the four directions, for a "forward" or "backward" kernel.
+
+    All get the same number of channels; one direction may need more padding than another.
+    """
     made = () if rank else maps
     if on_chip:
         loads, stores, resident = made, (x, x), _ON_CHIP + x.dtype.itemsize  # y and h
     elif kernel == "forward":
         loads, stores, resident = (x, *made, _FLOAT32), (_FLOAT32, x), 0
-    else:  # with grad_y, h and h of the line before
+    else:  # reads also grad_y, h and h of the line before
         loads, stores, resident = (x, x, x, *made, _FLOAT32, x), (_FLOAT32, *maps), 0
 
     def forms(least_channels):
@@ -246,7 +251,10 @@ def _four_forms(
 
 
 def _most_warpgroups(interpret: bool) -> int:
-    """The interpreter blocks a thread of XLA's pool for each warpgroup: with too many it would wait for ever."""
+    """The most warpgroups that a kernel may have.
+
+    The interpreter blocks a thread of XLA's pool for each warpgroup; with too many it would wait forever.
+    """
     if not interpret:
         return 4
     return max(1, max(os.cpu_count() or 1, len(jax.local_devices(backend="cpu"))) // 2)

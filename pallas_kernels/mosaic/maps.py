@@ -1,6 +1,6 @@
-"""Where the maps of propagation come from: arrays in memory, or a product of tensor cores inside the kernel.
+"""The maps of a propagation inside a kernel: loaded from memory, or made by tensor cores from a low-rank proxy.
 
-Both give, for a tile of a line, the weights, lam, gate and skip of one direction.
+Both sources give the weights, lam, gate and skip of one direction for a tile of a line.
 """
 
 import dataclasses
@@ -13,16 +13,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic import primitives
-from pallas_kernels.mosaic.line_scan import SLOTS, Weights
 from pallas_kernels.mosaic.pipeline import Pipeline
 from pallas_kernels.mosaic.tiles import MAPS, SKEW, lines_of_product, overlaps, products_ahead, rows_of_product
+from pallas_kernels.mosaic.weights import SLOTS, Weights
 
 
 class Read(NamedTuple):
     """A (rows, channels) tile of each map, float32."""
 
     weights: list[jax.Array]
-    kept: Any  # for `Weights.gradients`
+    kept: Any  # values that `Weights.gradients` needs
     lam: jax.Array
     gate: jax.Array
     skip: jax.Array | None
@@ -30,28 +30,36 @@ class Read(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """Maps in memory: logits in a form of `line_scan`, lam, gate and skip (B, H, W, 4, C); skip may be None."""
+    """Maps in memory.
+
+    Attributes:
+        logits: in one of the two forms of `mosaic.weights`.
+        lam: (B, H, W, 4, C).
+        gate: (B, H, W, 4, C).
+        skip: (B, H, W, 4, C) or None.
+    """
 
     logits: jax.Array
     lam: jax.Array
     gate: jax.Array
     skip: jax.Array | None
 
-    def of(self, walk: Pipeline, slot: int, *, alone: bool) -> "GivenMaps":
-        """What a kernel needs of direction `slot`; `alone`: it walks no other."""
+    def of(self, walk: Pipeline, slot: int, *, one_direction: bool) -> "GivenMaps":
+        """The maps of direction `slot` in a kernel that walks only this direction, or all four."""
         return GivenMaps(self, walk, slot)
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """Maps that a kernel makes: proxy @ up. 16-bit dtypes.
+    """Maps that a kernel makes as proxy @ up, in a 16-bit dtype.
 
     Attributes:
-      proxy: (B, lines * pitch and zeros as far as a product may reach, S), the pixels of each line that the scan walks
-        one after the other and zeros up to `pitch`. S is a multiple of 16.
-      pitch: pixels from line to line of the proxy.
-      up: (S, blocks * 6 * channels of a tile): for each channel block its columns of the three logits, lam, gate, skip.
-      has_skip: whether skip is more than zeros.
+        proxy: (B, lines * pitch + rest, S). The lines that the scan walks follow each other, each padded with zeros to
+            `pitch` pixels; `rest` are zeros as far as a product may reach. S is a multiple of 16.
+        pitch: pixels from one line of the proxy to the next.
+        up: (S, blocks * 6 * channels of a tile): for each channel block its columns of the three logits, lam, gate and
+            skip.
+        has_skip: False if the columns of skip are only zeros.
     """
 
     proxy: jax.Array
@@ -59,20 +67,20 @@ class Made:
     up: jax.Array
     has_skip: bool
 
-    def of(self, walk: Pipeline, slot: int, *, alone: bool) -> "MadeMaps":
-        """What a kernel needs of direction `slot`; `alone`: it walks no other."""
-        return MadeMaps(self, walk, slot, alone)
+    def of(self, walk: Pipeline, slot: int, *, one_direction: bool) -> "MadeMaps":
+        """The maps of direction `slot` in a kernel that walks only this direction, or all four."""
+        return MadeMaps(self, walk, slot, one_direction)
 
 
 class GivenMaps:
-    """One direction of `Given` in a kernel: each line is fetched with the kernel's other copies.
+    """One direction of `Given` in a kernel: each line is copied together with the kernel's other arrays.
 
     Attributes:
-      inputs: arrays that the kernel reads.
-      copies: TMA copies of a line, on the barrier that `fetch` is given.
-      scratch: shared memory and barriers.
-      mix: how weights become of logits.
-      gradients: shapes of the gradients that a backward kernel writes: of logits, lam, gate and skip if there is one.
+        inputs: arrays that the kernel reads.
+        copies: TMA copies for a line, which arrive at the barrier passed to `fetch`.
+        scratch: shared memory and barriers.
+        mix: turns logits into weights.
+        gradients: shapes of the gradients that a backward kernel writes: of logits, lam, gate and, if given, skip.
     """
 
     def __init__(self, maps: Given, walk: Pipeline, slot: int):
@@ -91,21 +99,21 @@ class GivenMaps:
         self.gradients = [self.mix.gradient_like(maps.logits), *of_direction]
 
     def enter(self, inputs: Sequence[Any], scratch: Sequence[Any]) -> None:
-        """Takes the refs of `inputs` and `scratch`, after the walk's `enter`."""
+        """Takes the refs of `inputs` and `scratch`; called after the walk's `enter`."""
         self._refs, self._rings = inputs, scratch
 
     def start(self) -> None:
         """Starts copies, before the first line of the kernel."""
 
     def prepare(self) -> None:
-        """Before the first line of the direction."""
+        """Runs before the first line of the direction."""
 
     def during(self, n: Any, compute: Callable[[], Any]) -> Any:
-        """compute(), which is the arithmetic of line n after its maps are read."""
+        """compute(), the arithmetic of line n, whose maps have been read."""
         return compute()
 
     def follow(self, before: "GivenMaps") -> None:
-        """Is walked after another direction in the same kernel."""
+        """Tells that the same kernel walks this direction after another one."""
 
     def fetch(self, n: Any, at: Any, barrier: Any) -> None:
         """Starts the copies of line n into slot `at`."""
@@ -115,21 +123,21 @@ class GivenMaps:
             primitives.fetch(walk.at(ref, walk.line(n), walk.rows(), self.slot), ring.at[own, at], barrier)
 
     def read(self, n: Any, at: Any) -> Read:
-        """The maps of line n, which lie in slot `at`."""
+        """The maps of line n, which are in slot `at`."""
         weights, kept = self.mix.read(self._rings[0].at[self.walk.warpgroup, at])
         lam, gate, *skip = (primitives.load(ring.at[self.walk.warpgroup, at]) for ring in self._rings[1:])
         return Read(weights, kept, lam, gate, *(skip or [None]))
 
 
 class MadeMaps:
-    """One direction of `Made` in a kernel. Attributes as of `GivenMaps`.
+    """One direction of `Made` in a kernel; attributes as in `GivenMaps`.
 
-    Tensor cores work on 64 pixels: where lines are shorter, one product makes the maps of several. They are rounded to
-    16 bits as if they had been in memory, and lie in shared memory until the lines of the next product. Where a product
-    makes one line, and the kernel walks one direction, tensor cores work on the next line during the arithmetic of one.
+    Tensor cores work on 64 pixels: one matrix product makes the maps of several lines if they are shorter. Maps are
+    rounded to 16 bits, as maps in memory are, and stay in shared memory until the next product. If a product makes one
+    line and the kernel walks one direction, tensor cores make the next line's maps during the arithmetic of each line.
     """
 
-    def __init__(self, maps: Made, walk: Pipeline, slot: int, alone: bool):
+    def __init__(self, maps: Made, walk: Pipeline, slot: int, one_direction: bool):
         tile, dtype, rank = walk.tile, maps.proxy.dtype, maps.proxy.shape[-1]
         self.walk, self.slot, self.maps = walk, slot, maps
         pixels = walk.shape[:3]
@@ -139,8 +147,8 @@ class MadeMaps:
         self.inputs = [maps.proxy, maps.up]
         self.columns = MAPS * tile.channels
         self.lines, self.rows = lines_of_product(tile), rows_of_product(tile)
-        self.overlaps = overlaps(tile, alone)
-        # At most as many as a direction has, also where all four are walked in one kernel.
+        self.overlaps = overlaps(tile, one_direction)
+        # No more than the products of any direction, since a kernel may walk all four with the same buffers.
         self.stages = min(products_ahead(tile), -(-min(walk.lines, walk.length) // self.lines))
         swizzle = primitives.common_swizzle(rank, self.columns)
         self.scratch = [
@@ -155,11 +163,11 @@ class MadeMaps:
         self._before, self._following = 0, None  # see `follow`
 
     def enter(self, inputs: Sequence[Any], scratch: Sequence[Any]) -> None:
-        """Takes the refs of `inputs` and `scratch`, after the walk's `enter`."""
+        """Takes the refs of `inputs` and `scratch`; called after the walk's `enter`."""
         walk = self.walk
         self._proxy, self._up = inputs
         self._proxies, self._columns, self._maps, self._arrived, self._up_arrived = scratch
-        # Products are counted as the lines are walked, which may be downward.
+        # Products are numbered in the order of the walk, which may run towards smaller lines.
         self._sign = -1 if walk.back != walk.reverse else 1
         self._first = self._product(0)
         last = self._product(jnp.maximum(walk.count - 1, 0))
@@ -172,7 +180,7 @@ class MadeMaps:
             pl.when(k < self.products)(lambda k=k: self._fetch(k))
 
     def prepare(self) -> None:
-        """Before the first line of the direction: waits for `up`, and makes the first line where the next overlap."""
+        """Waits for `up`; if products overlap with the arithmetic, makes the first line's maps."""
         primitives.wait(self._up_arrived)
         if self.overlaps:
 
@@ -184,26 +192,26 @@ class MadeMaps:
             pl.when(self.products > 0)(first)
 
     def during(self, n: Any, compute: Callable[[], Any]) -> Any:
-        """compute(), which is the arithmetic of line n after its maps are read; beside it those of the next line."""
+        """compute(), the arithmetic of line n, while tensor cores make the maps of line n + 1."""
         if not self.overlaps:
             return compute()
 
-        # Slots were used by the line before, which ended with `commit`.
+        # The slots are free: the line before used them and ended with `commit`.
         pl.when(n + self.stages < self.products)(lambda: self._fetch(n + self.stages))
         pl.when(n + 1 < self.products)(lambda: primitives.wait(self._arrived.at[self._slot(n + 1)]))
-        # After the last line the product is of what an earlier one left, and nobody reads it.
+        # At the last line the product multiplies an old slot, and nothing reads its result.
         return self._multiply(n + 1, compute)
 
     def follow(self, before: "MadeMaps") -> None:
-        """Is walked after another direction in the same kernel, which starts the first copies of this one."""
+        """Tells that the same kernel walks this direction after `before`, which starts this one's first copies."""
         self._before = before._before + before.products
         before._following = self
 
     def fetch(self, n: Any, at: Any, barrier: Any) -> None:
-        """Nothing: copies are those of a product."""
+        """Copies nothing: the proxy is copied for each product, not for each line."""
 
     def read(self, n: Any, at: Any) -> Read:
-        """The maps of line n, after those of n - 1; the first of a product makes it."""
+        """The maps of line n. Lines are read in order, and the first line of a product makes it."""
         walk, rows, channels = self.walk, self.walk.tile.rows, self.walk.tile.channels
         product = self._product(n)
         k = self._sign * (product - self._first)
@@ -218,7 +226,7 @@ class MadeMaps:
         return Read(weights, kept, lam, gate, skip if self.has_skip else None)
 
     def _product(self, n: Any) -> Any:
-        """The product that makes line n, counted along the image."""
+        """The index along the image of the product that makes line n."""
         return lax.div(self.walk.line(n), self.lines)
 
     def _slot(self, k: Any) -> Any:
@@ -229,7 +237,7 @@ class MadeMaps:
         primitives.fetch(self._up.at[:, columns], self._columns.at[0], self._up_arrived)
 
     def _fetch(self, k: Any) -> None:
-        """Starts the copy of the proxy of the k-th product that is made."""
+        """Starts the copy of the proxy for the k-th product."""
         start = (self._first + self._sign * k) * (self.lines * self.maps.pitch) + self.walk.pixel
         source = self._proxy.at[self.walk.image, pl.ds(start, self.rows)]
         primitives.fetch(source, self._proxies.at[self._slot(k)], self._arrived.at[self._slot(k)])
@@ -244,8 +252,8 @@ class MadeMaps:
     def _make(self, k: Any) -> None:
         slot, ahead = self._slot(k), k + self.stages
         primitives.wait(self._arrived.at[slot])
-        self._multiply(k)  # all have read the maps of the product before: a line ends with `commit`
-        primitives.commit()  # the maps are there, and no thread waits for the tensor cores to read
+        self._multiply(k)  # safe: the line before ended with `commit`, so all threads have read the old maps
+        primitives.commit()  # now all threads see the maps, and the proxy's slot may be overwritten
         pl.when(ahead < self.products)(lambda: self._fetch(ahead))
         following = self._following
         if following is not None:

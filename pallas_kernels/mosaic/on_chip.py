@@ -1,12 +1,12 @@
-"""Propagation of a small map in one kernel: x and y stay in shared memory while all four directions are walked.
+"""Propagation of a small map in one kernel: x and y stay in shared memory while it walks all four directions.
 
-A CTA owns (image, channel block). x is loaded once, y is summed in float32 and written once by the last direction. In
-bfloat16, 52 bytes per pixel and channel are left to move if the maps are in memory, and 4 and the proxy if the kernel
-makes them: then instructions and shared memory are the limit. Under differentiation the four h are written as well,
-8 bytes; the backward kernels are those of `propagation`.
+A CTA owns (image, channel block). It loads x once, sums y in float32, and writes y once after the last direction. In
+bfloat16 the kernel moves 52 bytes per pixel and channel if the maps are in memory. If it makes the maps, it moves 4
+bytes and the proxy; then instructions and shared memory limit it. Under differentiation it also writes h of the four
+directions, 8 bytes. The backward kernels are those of `propagation`.
 
-One tile serves all directions: of as many pixels as the longer side of the map. Chunks are no places in the grid here,
-the state restarts within the walk.
+All directions use the same tile, with as many pixels as the longer side of the map. Chunks are not spread over the
+grid, as they are in `propagation`: the state restarts within the walk.
 """
 
 from collections.abc import Sequence
@@ -35,13 +35,14 @@ def propagate_forward(
     tile: Tile,
     interpret: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """As `propagation.propagate_forward`; `tile` has one warpgroup and at least as many pixels as H and W."""
+    """As `propagation.propagate_forward`, with one tile: one warpgroup and at least as many pixels as H and as W."""
     walks = [Pipeline(x.shape, direction, None, tile, reverse=False) for direction in DIRECTIONS]
     stages = min(walk.stages for walk in walks)
     for walk in walks:
         walk.stages = stages
     sources: list[Any] = [
-        of_direction.of(walk, d, alone=False) for d, (of_direction, walk) in enumerate(zip(maps, walks, strict=True))
+        of_direction.of(walk, d, one_direction=False)
+        for d, (of_direction, walk) in enumerate(zip(maps, walks, strict=True))
     ]
     inputs = list({id(array): array for source in sources for array in source.inputs}.values())
     state, rows, channels = StateLines(walks[0], 1), tile.rows, tile.channels
@@ -85,7 +86,7 @@ def propagate_forward(
                 smaller, larger = (primitives.load(ref) for ref in shifted)
                 neighbours = smaller, same, larger
                 if restarts:
-                    # Not by a product, which would hand on what is not finite.
+                    # Selected, not multiplied by 0: a product would pass on NaN and infinity.
                     starts = lax.rem(n, restarts) == 0
                     neighbours = [jnp.where(starts, 0.0, neighbour) for neighbour in neighbours]
                 x_line, y_line = (

@@ -1,4 +1,4 @@
-"""The kernels as implementations of the operations."""
+"""The Mosaic kernels as an implementation of the operations."""
 
 import dataclasses
 import functools
@@ -18,10 +18,10 @@ from pallas_kernels.up_projection import maps_of
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """The functions that `gradient` asks of an implementation.
+    """The functions that `gradient` calls.
 
     Attributes:
-      interpret: run by Pallas' interpreter, which raises RuntimeError if it saw a race.
+        interpret: whether Pallas' interpreter runs the kernels; it raises RuntimeError if it saw a race.
     """
 
     interpret: bool = False
@@ -29,7 +29,7 @@ class Kernels:
     def scan_forward(
         self, x, weights, lam, direction: str, chunk: int | None, *, from_logits: bool, tile: Tile | None = None
     ) -> jax.Array:
-        """h of `line_scan`, or of `line_scan_from_logits`: (B, H, W, C) in x's dtype."""
+        """h of `line_scan` or `line_scan_from_logits`: (B, H, W, C) in x's dtype."""
 
         def scan(x, weights, lam):
             form = Form("forward", x, weights, (x, lam), (x,), direction, chunk, tile, self.interpret)
@@ -54,13 +54,13 @@ class Kernels:
         return _folded(scan)(x, weights, lam, h, grad_h)
 
     def propagation_forward(
-        self, x, logits, lam, gate, skip, merge, chunk: int | None, keep: bool, path: str = "fused"
+        self, x, logits, lam, gate, skip, merge, chunk: int | None, keep: bool, variant: str = "fused"
     ) -> tuple[jax.Array, tuple]:
-        """y of the aligned `propagate`, and the four h; without them, and without writing them, where not `keep`.
+        """y of the aligned `propagate`, and h of the four directions if `keep`; else h is not written.
 
-        `path`: "fused" or "fused_on_chip".
+        `variant` is "fused" or "fused_on_chip".
         """
-        on_chip = path == "fused_on_chip"
+        on_chip = variant == "fused_on_chip"
 
         def run(x, logits, lam, gate, merge, *skip):
             given = GivenForms(
@@ -87,12 +87,12 @@ class Kernels:
         return grad_x, grad_logits, *of_maps, jnp.sum(of_merge, axis=0).astype(merge.dtype)
 
     def low_rank_forward(
-        self, x, proxy, up, merge, chunk: int | None, keep: bool, path: str
+        self, x, proxy, up, merge, chunk: int | None, keep: bool, variant: str
     ) -> tuple[jax.Array, tuple]:
-        """As `propagation_forward`, from the 16-bit `proxy` and `up` of `propagate_low_rank`; `path` of `PATHS`."""
-        if not path.startswith("low_rank"):
-            return self.propagation_forward(x, *maps_of(proxy, up), merge, chunk, keep, path)
-        on_chip = path == "low_rank_on_chip"
+        """As `propagation_forward`, from the 16-bit `proxy` and `up` of `propagate_low_rank`, by any variant."""
+        if not variant.startswith("low_rank"):
+            return self.propagation_forward(x, *maps_of(proxy, up), merge, chunk, keep, variant)
+        on_chip = variant == "low_rank_on_chip"
 
         def run(up, x, proxy, merge):
             made = MadeForms("forward", x, proxy, up, chunk=chunk, on_chip=on_chip, interpret=self.interpret)
@@ -101,13 +101,13 @@ class Kernels:
         y, *states = _folded(run, first=1)(up, x, proxy, _for_each_image(merge, x))
         return y, tuple(states)
 
-    def low_rank_backward(self, x, proxy, up, merge, h, grad_y, chunk: int | None, path: str) -> tuple:
-        """Gradients as of `propagation_backward`; those of the logits for C_w channels or for all C.
+    def low_rank_backward(self, x, proxy, up, merge, h, grad_y, chunk: int | None, variant: str) -> tuple:
+        """Gradients of x, the maps and merge, as `propagation_backward`; those of logits have C_w or C channels.
 
-        `path`: "fused" makes the maps again in memory, "low_rank" in the kernels.
+        `variant` is "fused", which makes the maps again in memory, or "low_rank", which makes them in the kernels.
         """
-        if path == "fused":
-            # Else XLA finds the same products in the forward pass, and keeps the maps instead of making them again.
+        if variant == "fused":
+            # Without the barrier XLA reuses the maps of the forward pass and keeps them in memory until then.
             proxy, up, grad_y = jax.lax.optimization_barrier((proxy, up, grad_y))
             return self.propagation_backward(x, *maps_of(proxy, up), merge, h, grad_y, chunk)
 
@@ -151,7 +151,7 @@ class Kernels:
         return self._run(function, *arrays)
 
     def _run(self, function, *arrays):
-        """`function`, which launches kernels, of trees of arrays."""
+        """`function(*arrays)`, which launches kernels; arrays may be trees."""
         results = (primitives.interpreted if self.interpret else primitives.on_device)(function, *arrays)
         leaves, structure = jax.tree.flatten(results)
         return jax.tree.unflatten(structure, vary_alike(*leaves, *jax.tree.leaves(arrays))[: len(leaves)])
@@ -162,9 +162,10 @@ def _for_each_image(merge: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _folded(function, first: int = 0):
-    """`function` of arrays (B, ...) and with such results, so that `jax.vmap` makes a larger batch of the new axis.
+    """`function` with a rule for `jax.vmap`: the new axis joins the batch axis, so one launch does all.
 
-    The arguments before number `first` serve the whole batch. Where they are mapped, one batch runs after the other.
+    Arguments and results are (B, ...), but for the first `first` arguments, which are common to the whole batch. If
+    those are mapped, one batch runs after the other.
     """
     function = custom_vmap(function)
 

@@ -1,12 +1,12 @@
-"""What the kernels share: which lines a CTA walks, and the pipeline of copies around its arithmetic.
+"""The part that all kernels share: the lines that a CTA walks, and the pipeline of copies around its arithmetic.
 
-A CTA owns (image, chunk, segment of the line, channel block). Its warpgroups lie side by side along the line, each
-with a ring of TMA loads of its own; the state line in shared memory is common to them. A chunk needs no reset: it is a
-place in the grid. Directions differ in `Pipeline.at` alone: nothing is transposed.
+A CTA owns (image, chunk, segment of the line, channel block). Its warpgroups are side by side along the line. Each has
+its own ring of TMA loads; they share the state line in shared memory. Chunks are spread over the grid, so no state is
+reset. Directions differ only in `Pipeline.at`: nothing is transposed.
 
-Where a line is cut into segments, each CTA computes a ghost zone at both ends that its neighbours own. The edge of what
-is right moves inward by one pixel a line, so that after `tile.ghost` lines the kernel ends, having written the state of
-its own pixels, and the next launch reads it with fresh ghost zones.
+If a line is cut into segments, each CTA also computes a ghost zone at both ends, which its neighbours own. With every
+line one more pixel of the ghost zone becomes wrong. So after `tile.ghost` lines the kernel writes the state of its own
+pixels and ends, and the next launch reads the state with fresh ghost zones.
 """
 
 import functools
@@ -27,11 +27,11 @@ class Pipeline:
     """The walk of one kernel over (B, H, W, ...) arrays.
 
     Args:
-      shape: of x, (B, H, W, C).
-      direction: of the scan.
-      chunk: lines after which the state restarts, or None.
-      tile: what a CTA takes.
-      reverse: whether the lines are walked from the last to the first, as a gradient is.
+        shape: (B, H, W, C) of x.
+        direction: of the scan.
+        chunk: lines after which the state restarts, or None.
+        tile: the part of the map that a CTA takes.
+        reverse: whether the lines are walked from the last to the first, as for a gradient.
     """
 
     def __init__(self, shape: tuple[int, ...], direction: str, chunk: int | None, tile: Tile, reverse: bool):
@@ -48,16 +48,17 @@ class Pipeline:
 
     @property
     def grid(self) -> dict[str, int]:
-        # Channel blocks last: neighbours share sectors of memory and run at about the same time.
+        """The launch's grid: axis names and sizes."""
+        # Channel blocks come last: neighbouring blocks share sectors of memory and should run at the same time.
         return {"image": self.batch, "chunk": self.chunks, "segment": self.segments, "block": self.blocks}
 
     def state(self, lines: int) -> jax.ShapeDtypeStruct:
-        """What one launch hands to the next: `lines` lines of float32 for each image and chunk, rounded up to tiles."""
+        """The state that one launch passes to the next: `lines` lines for each image and chunk, rounded up to tiles."""
         pixels, channels = self.segments * self.tile.own, self.blocks * self.tile.channels
         return jax.ShapeDtypeStruct((self.batch, self.chunks, lines, pixels, channels), jnp.float32)
 
     def enter(self, launch: Any) -> None:
-        """Finds the place of this CTA and warpgroup, first of all in a kernel; `launch` holds the launch's number."""
+        """Finds the place of this CTA and warpgroup; a kernel calls it first. `launch` holds the launch's number."""
         tile = self.tile
         self.image, self.chunk_index, self.segment, self.block_index, self.warpgroup = (
             lax.axis_index(name) for name in (*self.grid, "warpgroup")
@@ -66,8 +67,8 @@ class Pipeline:
         self._first = self.chunk_index * self.chunk
         self._lines_of_chunk = jnp.minimum(self.chunk, self.lines - self._first)
         self.launch, self._walked, self.count = 0, 0, self._lines_of_chunk
-        # The first segment has no ghost zone before it. Its tile starts at the border all the same, since a TMA copy
-        # that starts at a negative pixel is read differently by the interpreter.
+        # The first segment has no ghost zone before it. Its tile still starts at the border, because the interpreter
+        # treats a TMA copy that starts at a negative pixel differently from the GPU.
         self.offset, start = 0, 0
         if tile.ghost:
             start = jnp.maximum(self.segment * tile.own - tile.ghost, 0)
@@ -75,32 +76,32 @@ class Pipeline:
             self.launch = launch[...]
             self._walked = self.launch * tile.ghost
             self.count = jnp.clip(self._lines_of_chunk - self._walked, 0, tile.ghost)
-        self.place = self.warpgroup * tile.rows  # of this warpgroup's first pixel in the CTA's part of the line
-        # At least 0 + a traced 0: a slice that is longer than its axis needs a start that is not known beforehand.
+        self.place = self.warpgroup * tile.rows  # this warpgroup's first pixel, within the CTA's part of the line
+        # Always traced, even if 0: a slice longer than its axis is refused if its start is known while tracing.
         self.pixel = start + self.place
 
     def line(self, n: Any) -> Any:
-        """Index in the image of the n-th line that this launch walks."""
+        """The index in the image of the n-th line that this launch walks."""
         n = self._walked + n
         position = self._first + (self._lines_of_chunk - 1 - n if self.reverse else n)
         return self.lines - 1 - position if self.back else position
 
     def line_before(self, n: Any) -> Any:
-        """Index of the line whose state line n read; outside of the image where there is none."""
+        """The index of the line whose state line n reads; outside the image if there is none."""
         is_first = self._walked + n == (self._lines_of_chunk - 1 if self.reverse else 0)
         return jnp.where(is_first, self.lines, self.line(n + 1 if self.reverse else n - 1))
 
     def at(self, ref: Any, line: Any, pixels: Any, *slots: Any) -> Any:
-        """Pixels of a line of a (B, H, W, ..., C) array: the only place that knows the direction."""
+        """Pixels of a line of a (B, H, W, ..., C) array. No other code depends on the direction."""
         place = (line, pixels) if self.axis == 1 else (pixels, line)
         return ref.at[(self.image, *place, *slots, self.block)]
 
     def rows(self) -> Any:
-        """The pixels of this warpgroup."""
+        """This warpgroup's pixels."""
         return pl.ds(self.pixel, self.tile.rows)
 
     def store(self, source: Any, ref: Any, n: Any, *slots: Any) -> None:
-        """Starts the copy of a tile of results, (rows, ..., channels), to line n: of the pixels that the CTA owns."""
+        """Starts the copy of a tile of results, (rows, ..., channels), to line n, for the pixels that the CTA owns."""
         tile = self.tile
         target = self.rows()
         if tile.ghost:
@@ -109,9 +110,10 @@ class Pipeline:
         primitives.store(source, self.at(ref, self.line(n), target, *slots))
 
     def fetch_before(self, ref: Any, target: Any, n: Any, margin: int, barrier: Any) -> None:
-        """Starts the copy of the line that line n read, with a margin of pixels on both sides; see `before`.
+        """Starts the copy of the line that line n reads, with a margin of pixels on both sides; see `before`.
 
-        `target` has three margins: at the border the copy lands further down instead of starting at a negative pixel.
+        `target` has room for a third margin: at the border the copy is placed one margin later in it, instead of
+        starting at a negative pixel.
         """
         size = self.tile.rows + 2 * margin
         source = pl.ds(jnp.maximum(self.pixel - margin, 0), size)
@@ -119,9 +121,9 @@ class Pipeline:
         primitives.fetch(self.at(ref, self.line_before(n), source), target.at[place], barrier)
 
     def before(self, ref: Any, margin: int) -> list[jax.Array]:
-        """What `fetch_before` brought, at the pixel of smaller index, the same, and larger index."""
+        """The line that `fetch_before` copied, at the neighbours of smaller, same and larger index."""
         rows, channels = self.tile.rows, self.tile.channels
-        if self.lines == 1:  # TMA drops axes of length 1, and with them an index outside of the image
+        if self.lines == 1:  # TMA drops axes of length 1, and with them the zeros outside the image
             return [primitives.zeros(rows, channels)] * 3
         tiles = [primitives.load(ref.at[pl.ds(margin + shift, rows)]) for shift in (-1, 0, 1)]
         pixel = self.pixel + primitives.pixels(rows, channels)
@@ -142,15 +144,19 @@ class Pipeline:
         """Loads, computes and stores line after line.
 
         Args:
-          load: load(n, slot) starts the copies of line n into a slot of the ring; None if there is nothing to copy.
-          compute: compute(n, slot, out, now, carry) reads the slot and the state buffer `now`, 0 or 1, writes the other
-            state buffer and the results `out`, and returns the new carry.
-          store: store(n, out) starts the copies of the results.
-          arrived: barriers of the slots, `stages` for each warpgroup.
-          joint: the barrier of the warpgroups.
-          carry: what a thread keeps from line to line.
-          before: lines that other walks of the kernel have passed; they have started the copies of the first ones here.
-          following: `load` of the walk after this one, which has as many lines as there are slots, or more.
+            load: load(n, slot) starts the copies of line n into a slot of the ring; None if there is nothing to copy.
+            compute: compute(n, slot, out, now, carry) reads the slot and the state buffer `now` (0 or 1), writes the
+                other state buffer and the results `out`, and returns the new carry.
+            store: store(n, out) starts the copies of the results.
+            arrived: barriers of the slots, `stages` for each warpgroup.
+            joint: the barrier of the warpgroups.
+            carry: values that a thread keeps from line to line.
+            before: lines that earlier walks of the same kernel have passed; the last of these walks has started the
+                copies of this one's first lines.
+            following: `load` of the next walk of the kernel, which has at least as many lines as there are slots.
+
+        Returns:
+            The carry after the last line.
         """
         stages, stores = self.stages, self.tile.stores
         if load is not None and not before:
@@ -161,10 +167,10 @@ class Pipeline:
             slot, out = lax.rem(before + n, stages), lax.rem(before + n, stores)
             if load is not None:
                 primitives.wait(arrived.at[self.warpgroup * stages + slot])
-            primitives.wait_stored(stores - 1)  # the results that lay in `out` have left
+            primitives.wait_stored(stores - 1)  # the old results in `out` have been copied
             carry = compute(n, slot, out, lax.rem(n, 2), carry)
-            # One barrier orders four things: the new state is there before a thread reads its neighbours', the results
-            # before TMA reads them, and all have read the old state and the slot before either is overwritten.
+            # This barrier orders four things. The new state is written before a thread reads its neighbours' part, and
+            # the results before TMA reads them; the old state and the slot are read before they are overwritten.
             primitives.commit()
             store(n, out)
             primitives.end_group()
@@ -187,17 +193,17 @@ class Pipeline:
         scratch: Sequence[Any],
         interpret: bool,
     ) -> None:
-        """Launches a kernel, as often as the ghost zones ask for.
+        """Launches a kernel, as many times as its ghost zones require.
 
         Args:
-          name: of the kernel.
-          body: called with the refs of: the number of the launch, `inputs`, the state of the launch before, the
-            results, the state for the launch after, `scratch`. Without ghost zones the first and the states are None.
-          inputs: arrays that it reads.
-          results: what it writes.
-          passed_lines: lines of state from launch to launch.
-          scratch: shared memory and barriers.
-          interpret: whether the interpreter runs it.
+            name: of the kernel.
+            body: called with the refs of the launch's number, `inputs`, the state from the launch before, the results,
+                the state for the next launch, and `scratch`. Without ghost zones the number and both states are None.
+            inputs: arrays that it reads.
+            results: arrays that it writes.
+            passed_lines: lines of state that a launch passes to the next.
+            scratch: shared memory and barriers.
+            interpret: whether the interpreter runs it.
         """
         options: Any = dict(name=name, grid=self.grid, warpgroups=self.tile.warpgroups, interpret=interpret)
         if self.tile.ghost:
@@ -233,31 +239,31 @@ class Pipeline:
             result.array = array
 
     def meet(self, joint: Any) -> None:
-        """The state line is complete: neighbours in it may belong to another warpgroup."""
+        """All warpgroups wait until the state line is complete: a neighbour may belong to another warpgroup."""
         if self.tile.warpgroups > 1:
             primitives.meet(joint)
 
 
 class StateLines:
-    """Lines of float32 in shared memory, `lines` of them in each of two buffers, between halos of zeros.
+    """The state in shared memory: two buffers of `lines` float32 lines, each between halos of zeros.
 
-    Shape of the scratch: (2, lines, pixels and halos, channels). Neighbours are then loads at an offset of one pixel.
+    The scratch is (2, lines, pixels and halos, channels). So a neighbour is a load at an offset of one pixel.
     """
 
     def __init__(self, pipeline: Pipeline, lines: int):
         tile = pipeline.tile
         self.pipeline, self.lines = pipeline, lines
-        # TMA writes the state of an earlier launch behind the halo: at a multiple of its alignment.
+        # TMA writes the state of an earlier launch after the first halo, which therefore has an aligned size.
         self.halo = max(1, primitives.ALIGNMENT // (4 * tile.channels))
         size = primitives.full_stores(tile.extent + 2 * self.halo, tile.channels)
         self.scratch = primitives.shared_memory((2, lines, size, tile.channels), jnp.float32)
 
     def rows(self, shift: int = 0) -> Any:
-        """This warpgroup's pixels, or those `shift` further along the line."""
+        """This warpgroup's pixels, shifted along the line by `shift`."""
         return pl.ds(self.pipeline.place + self.halo + shift, self.pipeline.tile.rows)
 
     def clear(self, ref: Any, joint: Any) -> None:
-        """Zeros everywhere, before the first line."""
+        """Fills everything with zeros, before the first line."""
 
         def fill():
             for buffer in range(2):
@@ -272,7 +278,7 @@ class StateLines:
         self.pipeline.meet(joint)
 
     def receive(self, ref: Any, source: Any, targets: Sequence[tuple[int, int]], barrier: Any) -> None:
-        """Copies lines of an earlier launch to this one's buffers: line k to the (buffer, line) of `targets[k]`."""
+        """Copies the state from the launch before into the buffers: its line k to (buffer, line) = `targets[k]`."""
         walk = self.pipeline
         for k, (buffer, line) in enumerate(targets):
             place = source.at[walk.image, walk.chunk_index, k, walk.rows(), walk.block]
@@ -280,7 +286,7 @@ class StateLines:
         primitives.wait(barrier)
 
     def send(self, ref: Any, sources: Sequence[tuple[Any, int]], target: Any) -> None:
-        """Copies the CTA's own pixels of the (buffer, line) pairs to lines of the next launch's state."""
+        """Copies the CTA's own pixels of each (buffer, line) in `sources` to the state for the next launch."""
         walk, own = self.pipeline, self.pipeline.tile.own
         primitives.commit()
         for k, (buffer, line) in enumerate(sources):

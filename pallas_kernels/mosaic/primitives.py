@@ -1,6 +1,6 @@
-"""The Mosaic GPU calls of the kernels: every one whose signature moves between JAX versions is here and nowhere else.
+"""The kernels' calls of Mosaic GPU. Calls whose signature changes between JAX versions are only in this file.
 
-A warpgroup, 128 threads, works on a tile of a line: (pixels, channels), row-major over its threads.
+A warpgroup (128 threads) works on a tile of a line, (pixels, channels), in row-major order over its threads.
 """
 
 import functools
@@ -21,26 +21,28 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 THREADS = 128  # of a warpgroup
-ALIGNMENT = 128  # bytes: where in shared memory a TMA copy may start
-LARGEST_BOX = 256  # elements along an axis of one TMA copy
+ALIGNMENT = 128  # bytes; a TMA copy starts at a multiple of it in shared memory
+LARGEST_BOX = 256  # elements of a TMA copy along one axis
 
 shared_memory = plgpu.SMEM
-commit = plgpu.commit_smem  # results in shared memory are there for the warpgroup and for TMA
+commit = plgpu.commit_smem  # makes results in shared memory visible to the whole warpgroup and to TMA
 end_group = plgpu.commit_smem_to_gmem_group
 
 
 def vector(rows: int, channels: int) -> int:
-    """Elements of a (rows, channels) tile that a thread holds next to each other: at most 4, 16 bytes of float32."""
+    """Consecutive elements of a (rows, channels) tile that a thread holds: at most 4, which is 16 bytes of float32."""
     return next(v for v in (4, 2, 1) if rows * channels % (THREADS * v) == 0)
 
 
 def _layout(rows: int, channels: int) -> Any:
-    """Row-major over the threads of a warpgroup, each with vectors of one row: a form that can drop the channels."""
+    """The layout of a (rows, channels) tile in registers: row-major over the threads, each with vectors of one row.
+
+    It can be reduced over the channels.
+    """
     v = vector(rows, channels)
     rows_of_warp = 32 * v // channels
     tiles = plgpu.Tiling(((4 * rows_of_warp, channels), (rows_of_warp, channels), (1, v)))
-    # Warps and lanes by their place from the end of the axes that the tiles make; JAX takes the form without axes of
-    # length 1.
+    # Warp and lane dimensions count from the end of the tiled axes. JAX accepts only the form without axes of length 1.
     tiled = fragmented_array.TiledLayout(
         tiles, warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1, _check_canonical=False
     ).canonicalize()
@@ -51,14 +53,14 @@ def _layout(rows: int, channels: int) -> Any:
 def load(ref: Any, *, is_part: bool = False) -> jax.Array:
     """A (rows, channels) tile from shared memory, as float32.
 
-    `is_part`: of a larger array, with other values between its rows, so that their banks may be the same.
+    `is_part` says that it is part of a larger array, so that rows have gaps between them and banks may conflict.
     """
     rows, channels = ref.shape
     return plgpu.load(ref, layout=_layout(rows, channels), optimized=not is_part).astype(jnp.float32)
 
 
 def load_pixels(ref: Any, channels: int) -> jax.Array:
-    """One float32 value for each row of a (rows, channels) tile, from shared memory."""
+    """(rows,) float32 values from shared memory, one for each row of a (rows, channels) tile."""
     (rows,) = ref.shape
     return plgpu.load(ref, layout=_layout(rows, channels).reduce(1))
 
@@ -74,17 +76,17 @@ def zeros(rows: int, channels: int) -> jax.Array:
 
 
 def pixels(rows: int, channels: int) -> jax.Array:
-    """(rows, channels) int32: the row of each element."""
+    """(rows, channels) int32: each element's row."""
     return plgpu.broadcasted_iota(jnp.int32, (rows, channels), 0, layout=_layout(rows, channels))
 
 
 def pixel_numbers(rows: int, channels: int) -> jax.Array:
-    """(rows,) int32: the rows of a (rows, channels) tile."""
+    """(rows,) int32: the row numbers of a (rows, channels) tile."""
     return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=_layout(rows, channels).reduce(1))
 
 
 def clear(ref: Any) -> None:
-    """Zeros in a (rows, channels) float32 array in shared memory, of a multiple of 128 elements."""
+    """Fills a (rows, channels) float32 array in shared memory with zeros; its size is a multiple of 128."""
     strided: Any = plgpu.Layout.WG_STRIDED
     rows, channels = ref.shape
     strided = strided(ref.shape, vec_size=vector(rows, channels))
@@ -92,15 +94,15 @@ def clear(ref: Any) -> None:
 
 
 class Blank:
-    """An array of results, which launches fill one after the other, each its part; `[...]` is what they made of it.
+    """A result that several launches fill one after the other, each a part; `[...]` reads it.
 
-    The first launch makes it. One that was there before would have no operands, and XLA gives such arrays their memory
-    at the start of the program: those of all layers at once.
+    The first launch creates the array. If it existed before, it would be an operation without operands, and XLA
+    allocates those at the start of the program, for all layers at once.
     """
 
     def __init__(self, shape: Sequence[int], dtype: Any, interpret: bool):
         self.like = jax.ShapeDtypeStruct(tuple(shape), dtype)
-        # The interpreter's starts as NaN, so that a place which no kernel writes shows.
+        # In the interpreter it starts as NaN, so that elements that no kernel writes are noticed.
         self.array: jax.Array | None = jnp.full(shape, jnp.nan, dtype) if interpret else None
 
     def __getitem__(self, _: Any) -> jax.Array:
@@ -109,7 +111,7 @@ class Blank:
 
 
 def barriers(arrivals: int, count: int = 1) -> Any:
-    """`count` barriers, each complete after `arrivals`: TMA copies that land, or warpgroups that call `meet`."""
+    """`count` barriers, each complete after `arrivals` TMA copies have arrived, or warpgroups have called `meet`."""
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
 
@@ -124,7 +126,7 @@ def meet(barrier: Any) -> None:
 
 
 def factor(rows: int, columns: int, swizzle: int, dtype: Any, copies: int) -> Any:
-    """Shared memory for `copies` factors of matrix products, in the order that tensor cores read; 16-bit dtypes."""
+    """Shared memory for `copies` factors of matrix products, in the order that tensor cores read; `dtype` is 16-bit."""
     size = jnp.dtype(dtype).itemsize
     tiling: Any = plgpu.TilingTransform
     swizzled: Any = plgpu.SwizzleTransform
@@ -133,15 +135,15 @@ def factor(rows: int, columns: int, swizzle: int, dtype: Any, copies: int) -> An
 
 
 def common_swizzle(*columns: int) -> int:
-    """Bytes after which the order of both factors of a product repeats; their 16-bit columns in multiples of 16."""
+    """The swizzle (in bytes) that both factors of a product can have; `columns` are multiples of 16, of 16 bits."""
     return next(swizzle for swizzle in (128, 64, 32) if all(2 * count % swizzle == 0 for count in columns))
 
 
 def multiply(left: Any, right: Any, result: Any, meanwhile: Callable[[], Any] = lambda: None) -> Any:
-    """result = left @ right of refs (64 n, k), (k, m) and (64 n, m): sums in float32, in the result's dtype.
+    """result = left @ right for refs (64 n, k), (k, m) and (64 n, m), summed in float32.
 
-    The result is there for others after `commit`, which must also come before either factor is overwritten. Tensor
-    cores work while `meanwhile()` runs, whose result is returned.
+    Tensor cores work while `meanwhile()` runs, whose result is returned. Other threads see the product after `commit`,
+    which must also come before either factor is overwritten.
     """
 
     def product(sums):
@@ -156,22 +158,22 @@ def multiply(left: Any, right: Any, result: Any, meanwhile: Callable[[], Any] = 
 
 
 def fetch(source: Any, target: Any, barrier: Any) -> None:
-    """Starts a TMA copy into shared memory, with zeros where it leaves the array; `barrier` counts its arrival."""
+    """Starts a TMA copy into shared memory, with zeros outside the array; `barrier` counts its arrival."""
     plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=plgpu.OOBFillMode.ZEROS)
 
 
 def store(source: Any, target: Any) -> None:
-    """Starts a TMA copy out of shared memory, clipped where it leaves the array; `end_group` closes the group of it."""
+    """Starts a TMA copy out of shared memory, clipped at the array's end; `end_group` closes its group."""
     plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
 
 def wait_stored(groups: int) -> None:
-    """Until all but the last `groups` groups have left shared memory."""
+    """Waits until all but the last `groups` groups of stores have been read from shared memory."""
     plgpu.wait_smem_to_gmem(groups, wait_read_only=True)
 
 
 def wait_written() -> None:
-    """Until everything that was stored has arrived in memory."""
+    """Waits until all stores have arrived in device memory."""
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -190,15 +192,18 @@ def launch(
     """Runs a kernel once for each point of `grid`.
 
     Args:
-      body: called with the refs of inputs, outputs, made and scratch.
-      inputs: arrays that it reads.
-      outputs: refs (`jax.new_ref`) that it writes into, each launch its part.
-      made: arrays that this launch returns.
-      scratch: shared memory and barriers of a CTA.
-      name: of the kernel in compiled programs and profiles.
-      grid: axis names and sizes; `axis_index` of a name gives the place. "warpgroup" is added.
-      warpgroups: that a CTA has.
-      interpret: whether the interpreter runs it, watching for races.
+        body: called with the refs of inputs, outputs, made and scratch.
+        inputs: arrays that it reads.
+        outputs: refs (`jax.new_ref`) of existing arrays that it writes into.
+        made: arrays that this launch creates.
+        scratch: shared memory and barriers of a CTA.
+        name: of the kernel in compiled programs and profiles.
+        grid: axis names and sizes; `lax.axis_index(name)` gives a CTA's place. An axis "warpgroup" is added.
+        warpgroups: warpgroups of a CTA.
+        interpret: whether the interpreter runs it, checking for races.
+
+    Returns:
+        The arrays `made`.
     """
     mesh = plgpu.Mesh(
         grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=warpgroups, thread_name="warpgroup"
@@ -212,7 +217,7 @@ def launch(
         kernel,
         out_type=tuple(made),
         mesh=mesh,
-        # The barriers that order the threads of a warpgroup are the kernels' own: see Pipeline.walk.
+        # The kernels place the barriers within a warpgroup themselves: see Pipeline.walk.
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
@@ -223,7 +228,7 @@ def launch(
 
 
 class _RecordedRaces(GPURaceDetectionState):
-    """What the race detector saw of one kernel, kept until somebody asks: the interpreter keeps the last one only."""
+    """The race detector's state of one kernel, collected in `seen`: the interpreter itself keeps only the last one."""
 
     seen: list["_RecordedRaces"] = []
 
@@ -237,20 +242,20 @@ _one_at_a_time = threading.Lock()
 
 
 def interpreted(function: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """`function(*arrays)`, which launches kernels with `interpret`, as one call to the host.
+    """`function(*arrays)`, which launches kernels with `interpret`, as one callback to the host.
 
-    The interpreter has one state for the whole process and callbacks that must keep their order, which
-    transformations such as `jax.checkpoint` refuse; here kernels run one after the other and nobody sees inside.
+    The interpreter has one state for the whole process and uses ordered callbacks, which transformations such as
+    `jax.checkpoint` refuse. Inside this callback kernels run one after the other, hidden from transformations.
 
     Raises:
-      RuntimeError: when it runs, if the interpreter saw a race.
+        RuntimeError: when it runs, if the interpreter saw a race.
     """
 
     def run(*arrays):
         with _one_at_a_time:
             _RecordedRaces.seen.clear()
             try:
-                # A caller who forbids transfers to devices means the program's, not the interpreter's.
+                # A caller's transfer guard is meant for the program, not for the interpreter.
                 with jax.enable_x64(False), jax.transfer_guard("allow"):
                     results = jax.tree.map(np.asarray, jax.jit(function)(*arrays))
             except Exception:
@@ -266,24 +271,25 @@ def interpreted(function: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 
 def on_device(function: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """`function(*arrays)`, which launches kernels; also inside a shard_map.
+    """`function(*arrays)`, which launches kernels, also inside a shard_map.
 
-    Kernels do not say over which axes of a shard_map their results vary, so that JAX must not ask. They count in 32
-    bits whatever jax_enable_x64 says.
+    Kernels do not declare over which axes of a shard_map their results vary, so JAX's check is off. Their integers have
+    32 bits also under jax_enable_x64.
     """
     with config._check_vma(False), jax.enable_x64(False):
         return function(*arrays)
 
 
 def round_up(count: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is at least `count`."""
     return -(-count // multiple) * multiple
 
 
 def full_stores(rows: int, channels: int) -> int:
-    """`rows`, or the next number of them that 128 threads fill."""
+    """The least number of rows, at least `rows`, whose elements divide evenly among 128 threads."""
     return round_up(rows, THREADS // math.gcd(THREADS, channels))
 
 
 def margin(channels: int, dtype: Any) -> int:
-    """Pixels whose bytes are a multiple of `ALIGNMENT`: the least that a copy in shared memory can be moved by."""
+    """The least number of pixels by which a copy can be shifted in shared memory: `ALIGNMENT` bytes."""
     return max(1, ALIGNMENT // (channels * jnp.dtype(dtype).itemsize))

@@ -1,13 +1,15 @@
-"""Propagation, forward and backward, as Mosaic GPU kernels: four scans with normalisation, gate, skip and merge inside.
+"""Propagation, forward and backward, as Mosaic GPU kernels: scans with normalisation, gate, skip and merge inside.
 
-One launch for each direction, one after the other: each adds its share to y, so that no two CTAs update the same place
-and results are the same from run to run. y is float32 until the last direction writes it in x's dtype. In bfloat16 the
-forward kernels move 82 bytes per pixel and channel if the maps are in memory: four times x and 6 maps, and 26 for y; 90
-with the four h, which are written under differentiation alone. The backward kernels move 146: four times x, h, the
-gradient of y, 6 maps and their gradients, and 26 for the gradient of x. Maps that a kernel makes (`maps.Made`) are not
-read: 34, 42 and 98 bytes are left. Keeping h takes 16 of these bytes and the memory of four maps; computing it again
-takes another forward pass, 90 or 42 bytes, so that it is kept unless `jax.checkpoint` says otherwise. `on_chip` walks
-small maps in one launch.
+The directions are launched one after the other, and each adds its share to y. So no two CTAs update the same element,
+and results are bit-equal from run to run. y is float32 until the last direction writes it in x's dtype.
+
+Bytes moved per pixel and channel in bfloat16, for all four directions:
+    forward: 82 (x and 6 maps in each direction, and 26 for y); 90 if h is written, which only differentiation needs.
+    backward: 146 (x, h, the gradient of y, 6 maps and their gradients in each direction, and 26 for the gradient of x).
+    If the kernels make the maps (`maps.Made`), they read none: 34, 42 and 98.
+
+Keeping h costs 16 of these bytes and the memory of four maps; computing it again would cost a forward pass of 90 or 42
+bytes. So it is kept, unless the caller uses `jax.checkpoint`. `on_chip` walks small maps in one launch.
 """
 
 from collections.abc import Sequence
@@ -35,11 +37,16 @@ def propagate_forward(
     tiles: Sequence[Tile],
     interpret: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """y of `propagate`, and the four h in x's dtype, or none of them if they are not to be kept.
+    """y of `propagate`, and h of the four directions in x's dtype (an empty list unless `keep`).
 
     Args:
-      maps, tiles: for each direction.
-      merge: (B, 4) float32.
+        x: (B, H, W, C).
+        maps: for each direction.
+        merge: (B, 4) float32.
+        chunk: lines after which the scans restart, or None.
+        keep: whether h is written.
+        tiles: for each direction.
+        interpret: whether the interpreter runs the kernels.
     """
     y, states = None, []
     for d in range(len(DIRECTIONS)):
@@ -63,14 +70,14 @@ def propagate_backward(
     tiles: Sequence[Tile],
     interpret: bool,
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array], jax.Array]:
-    """Gradients of x; of logits, an array for each different form; of lam, gate and skip if any; of merge (B, 4).
+    """Gradients of x, logits, the maps (lam, gate and, if given, skip), and merge (B, 4).
 
-    Arguments as in `propagate_forward`. The gradient of shared logits is one array for each direction and in parts, as
-    from `line_scan.scan_backward`; others are (B, H, W, 12, C), and (B, H, W, 4, C) of the maps.
+    Arguments as in `propagate_forward`. The gradient of logits is a list: of one array (B, H, W, 12, C), or for shared
+    logits of one array for each direction, in parts as from `line_scan.scan_backward`. Each map's is (B, H, W, 4, C).
     """
     grad_x, of_merge, of_logits, of_maps = None, [], [], []
     for d, direction in enumerate(DIRECTIONS):
-        source = maps[d].of(Pipeline(x.shape, direction, chunk, tiles[d], reverse=True), d, alone=True)
+        source = maps[d].of(Pipeline(x.shape, direction, chunk, tiles[d], reverse=True), d, one_direction=True)
         if source.mix.is_shared or not of_logits:
             of_logits.append(primitives.Blank(source.gradients[0].shape, source.gradients[0].dtype, interpret))
         of_maps = of_maps or [primitives.Blank(a.shape, a.dtype, interpret) for a in source.gradients[1:]]
@@ -86,18 +93,22 @@ def propagate_backward(
 def advance(
     maps: Read, x: jax.Array, merge: jax.Array, neighbours: Sequence[jax.Array], dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The next line of the state, how it is kept in `dtype`, and its share of y; (rows, channels) tiles.
+    """One line of the recurrence: the new state, the same in `dtype` as it is kept, and the share of y.
+
+    All are (rows, channels) tiles.
 
     Args:
-      x: of the line, float32.
-      merge: scalar of the direction.
-      neighbours: the state of the line before at the pixel of smaller index, the same, and larger index.
+        maps: of the line.
+        x: the line, float32.
+        merge: the direction's scalar.
+        neighbours: the state of the line before, at the neighbours of smaller, same and larger index.
+        dtype: of the kept state.
     """
     smaller, same, larger = neighbours
     w = maps.weights
     h = w[1] * same + (w[0] * smaller + w[2] * larger) + maps.lam * x
     kept = h.astype(dtype)
-    # What the gate meets is h as it is kept, so that forward and backward agree.
+    # The gate multiplies h as it is kept, rounded, because the backward pass will read it so.
     part = maps.gate * kept.astype(jnp.float32)
     if maps.skip is not None:
         part += maps.skip * x
@@ -117,16 +128,22 @@ def _direction_forward(
     tile: Tile,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """y plus the share of a direction, (B, H, W, C) of `dtype`, and h in x's dtype if it is to be kept.
+    """y plus the share of one direction, (B, H, W, C) in `dtype`, and h in x's dtype (None unless `keep`).
 
     Args:
-      y: float32, the shares of the directions before; None for the first.
-      slot: of the direction in the maps.
-      dtype: of the result.
-      keep: whether h is wanted.
+        x: (B, H, W, C).
+        maps: of the direction.
+        merge: (B, 4) float32.
+        y: float32, the sum of the directions before; None for the first.
+        slot: the direction's index in `DIRECTIONS` and in the maps.
+        chunk: lines after which the scan restarts, or None.
+        dtype: of the result.
+        keep: whether h is written.
+        tile: of the kernel.
+        interpret: whether the interpreter runs the kernel.
     """
     walk = Pipeline(x.shape, DIRECTIONS[slot], chunk, tile, reverse=False)
-    state, source = StateLines(walk, 1), maps.of(walk, slot, alone=True)
+    state, source = StateLines(walk, 1), maps.of(walk, slot, one_direction=True)
     rows, channels, warpgroups = tile.rows, tile.channels, tile.warpgroups
     tiles = [x, *([] if y is None else [y])]
 
@@ -210,17 +227,22 @@ def _direction_backward(
     dtype: Any,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """grad_x plus the share of a direction, (B, H, W, C) of `dtype`, and the parts of the gradient of merge[slot].
+    """grad_x plus the share of one direction, (B, H, W, C) in `dtype`, and the parts of the gradient of merge[slot].
 
-    With s = merge grad_y, the gradient of h begins as s gate; grad_gate = s h, grad_skip = s x, and merge gets the sum
-    of grad_y (gate h + skip x), of which each CTA writes its part for each of its pixels and channels: an array to be
-    summed over all but its second axis, the images.
+    With s = merge * grad_y, the gradient of h starts as s * gate, grad_gate = s * h and grad_skip = s * x. The gradient
+    of merge is the sum of grad_y * (gate * h + skip * x): each CTA writes its part for each of its pixels and channels,
+    and XLA sums the array over all axes but the second, the images.
 
     Args:
-      source: `maps.GivenMaps` or `maps.MadeMaps`.
-      h: of the direction, as the forward kernel kept it.
-      grad_x: float32, the shares of the directions before; None for the first.
-      grads: refs that the gradients of logits, lam, gate and skip are written into, at the direction's slot.
+        source: `maps.GivenMaps` or `maps.MadeMaps` of the direction.
+        x: (B, H, W, C).
+        merge: (B, 4) float32.
+        h: of the direction, as the forward kernel kept it.
+        grad_y: (B, H, W, C).
+        grad_x: float32, the sum of the directions before; None for the first.
+        grads: the results for the gradients of logits, lam, gate and skip, each written at the direction's slot.
+        dtype: of the returned grad_x.
+        interpret: whether the interpreter runs the kernel.
     """
     walk, mix, slot = source.walk, source.mix, source.slot
     state, tile = StateLines(walk, 2), walk.tile
@@ -289,7 +311,7 @@ def _direction_backward(
         if tile.ghost:
             state.receive(lines, given, [(0, 0), (0, 1), (1, 0)], joint)
             same = primitives.load(lines.at[1, 0, state.rows()])
-            primitives.commit()  # all have read it before the first line writes there
+            primitives.commit()  # every thread has read it before the first line writes there
         source.prepare()
         same, of_merge = walk.walk(load, compute, store, arrived, joint, (same, nothing))
         last = lax.rem(walk.count, 2)
@@ -297,7 +319,7 @@ def _direction_backward(
             lines[1 - last, 0, state.rows()] = same
             state.send(lines, [(last, 0), (last, 1), (1 - last, 0)], passed)
         primitives.wait_written()
-        # Nobody reads the state any more: the sums leave by way of it, those of pixels that other CTAs own as zeros.
+        # The state is no longer read, so the sums leave through its buffer, as zeros where another CTA owns the pixel.
         pixel = walk.place + primitives.pixels(rows, channels)
         is_own = (pixel >= walk.offset) & (pixel < walk.offset + tile.own)
         walk.meet(joint)
@@ -329,7 +351,7 @@ def _direction_backward(
 
 
 def take(refs: list[Any], like: Sequence[Any]) -> list[Any]:
-    """The first refs, one for each of `like`, out of the list."""
+    """Removes the first refs from the list, one for each element of `like`, and returns them."""
     taken = refs[: len(like)]
     del refs[: len(like)]
     return taken

@@ -1,4 +1,4 @@
-"""How a scan is cut into CTAs, warpgroups and lines in flight: a measured tile where there is one, else an estimate."""
+"""How a scan is tiled into CTAs, warpgroups and lines in flight: by measured tiles, else by an estimate."""
 
 import dataclasses
 import functools
@@ -7,27 +7,26 @@ import json
 import pathlib
 from typing import Any
 
-from pallas_kernels.mosaic.card import Card
+from pallas_kernels.mosaic.card import COPY_BANDWIDTH, Card
 
 MEASURED = pathlib.Path(__file__).with_name("measured_tiles.json")
 
-# The estimate's constants, for a Hopper card. They rank tiles; they are not promises of time.
-_BANDWIDTH = 4.3e12  # bytes per second, of a large copy
+# Constants of the estimate, for a Hopper GPU.
 _CLOCK = 1.7e9  # Hz
-# Counted in compiled kernels with logits: instructions of a thread for each line, and for each pixel and channel that
-# it holds, and its registers likewise.
+# A thread's instructions, counted in compiled kernels with logits: for each line, and for each pixel and channel that
+# it holds; and its registers in the same way.
 _INSTRUCTIONS = {"forward": (90, 50), "backward": (90, 107)}
 _REGISTERS = {"forward": (25, 6), "backward": (35, 12)}
-_INSTRUCTIONS_OF_SUM = 1.5  # of a thread for each value of a product of tensor cores
-_WAITS = 500  # cycles of a line in which a warpgroup waits: copies, shared memory, barriers
-_WAITS_OF_PRODUCT = 300  # cycles besides those of the tensor cores, which take 64 x 2 columns x 16 in one
-_SUMS_OF_CYCLE = 2 * 16
-_DEPENDENT = 2  # cycles per instruction of a warpgroup that is alone
-_MEMORY = 1e-6  # seconds from the start of a copy to its data
+_INSTRUCTIONS_OF_SUM = 1.5  # a thread's instructions for each value of a matrix product
+_WAITS = 500  # cycles per line that a warpgroup waits for copies, shared memory and barriers
+_WAITS_OF_PRODUCT = 300  # cycles per matrix product that a warpgroup waits, beside the tensor cores' own
+_SUMS_OF_CYCLE = 2 * 16  # of a product of 64 pixels, columns times terms that tensor cores do in a cycle
+_DEPENDENT = 2  # cycles per instruction of a warpgroup that runs alone
+_MEMORY = 1e-6  # seconds from the start of a copy to its arrival
 _LAUNCH = 4e-6  # seconds to start a kernel and fill its pipeline
-MAPS = 6  # of a direction: three logits, lam, gate, skip
-SKEW = 8  # values at the end of a row of maps in shared memory, so that rows begin in different banks
-_PRODUCT_ROWS = 64  # pixels that tensor cores work on at once
+MAPS = 6  # maps of a direction: three logits, lam, gate, skip
+SKEW = 8  # padding values at the end of a row of maps in shared memory, so that rows begin in different banks
+_PRODUCT_ROWS = 64  # pixels of one tensor-core instruction
 _MULTIPROCESSOR_MEMORY = 228 * 1024
 _MULTIPROCESSOR_THREADS = 2048
 _ALL_REGISTERS = 65536
@@ -35,17 +34,27 @@ _ALL_REGISTERS = 65536
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The part of a map that a CTA walks, and how far its copies run ahead."""
+    """The part of a map that a CTA walks, and how far its copies run ahead.
 
-    channels: int  # of a CTA
-    rows: int  # pixels of a line that one warpgroup works on
-    warpgroups: int = 1  # side by side along the line
-    stages: int = 4  # lines that loads run ahead
-    stores: int = 2  # lines of results that may be on their way out
-    # Pixels at each end of a CTA's part of the line that its neighbours own and it computes as well, and the lines of
-    # a launch: after so many the ghost zone is used up and the state is exchanged. 0: a CTA owns whole lines.
+    Attributes:
+        channels: channels of a CTA.
+        rows: pixels of a line that one warpgroup works on.
+        warpgroups: warpgroups of a CTA, side by side along the line.
+        stages: lines that loads run ahead.
+        stores: lines of results that may be on their way out.
+        ghost: pixels at each end of the CTA's part of the line that it computes although its neighbours own them, and
+            the number of lines that a launch walks: each line uses up one ghost pixel, then the next launch reads the
+            state again. 0: a CTA owns whole lines.
+        overlap: whether tensor cores make the next line's maps while the arithmetic of one line runs, into a second
+            buffer; see `overlaps`.
+    """
+
+    channels: int
+    rows: int
+    warpgroups: int = 1
+    stages: int = 4
+    stores: int = 2
     ghost: int = 0
-    # Tensor cores make the maps of the next line during the arithmetic of one, into a second buffer; see `overlaps`.
     overlap: bool = True
 
     @property
@@ -67,45 +76,61 @@ class Tile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """One scan, as far as its tile depends on it."""
+class ScanWork:
+    """What the tile of a scan depends on.
 
-    kernel: str  # "forward" or "backward"
+    Attributes:
+        kernel: "forward" or "backward".
+        batch: images.
+        lines: lines of the map.
+        length: pixels of a line.
+        channels: channels of the map.
+        chunk: lines of a chunk.
+        loads: for each array that is read, bytes per pixel and channel; in a backward kernel h comes last.
+        stores: likewise for each array that is written.
+        sharing: channels that share a weight.
+        adjacent: whether consecutive pixels of a line are consecutive in memory.
+        rank: channels of the proxy from which the kernel makes maps, a multiple of 16; 0 where maps are loaded.
+        resident: bytes per pixel and channel that stay in shared memory while one launch walks four directions; 0 for
+            a launch that walks one.
+    """
+
+    kernel: str
     batch: int
     lines: int
-    length: int  # pixels of a line
+    length: int
     channels: int
-    chunk: int  # lines of a chunk
-    loads: tuple[int, ...]  # bytes read per pixel and channel of each array; of a backward kernel h comes last
-    stores: tuple[int, ...]  # bytes written, likewise
-    sharing: int = 1  # channels that share a weight
-    adjacent: bool = False  # pixels of a line are neighbours in memory, channels between them aside
-    rank: int = 0  # of the proxy that maps are made of in the kernel, a multiple of 16; 0 where they are loaded
-    resident: int = 0  # bytes per pixel and channel that stay in shared memory while four directions are walked
+    chunk: int
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
+    sharing: int = 1
+    adjacent: bool = False
+    rank: int = 0
+    resident: int = 0
 
     @property
     def directions(self) -> int:
-        """That one launch walks."""
+        """Directions that one launch walks."""
         return 4 if self.resident else 1
 
     @property
     def key(self) -> str:
-        """Its name in the table of measured tiles: the fields as JSON."""
+        """Its key in the table of measured tiles: the fields as JSON."""
         return json.dumps(dataclasses.astuple(self))
 
     @classmethod
-    def of_key(cls, key: str) -> "Work":
+    def of_key(cls, key: str) -> "ScanWork":
         """The inverse of `key`."""
         fields: Any = (tuple(value) if isinstance(value, list) else value for value in json.loads(key))
         return cls(*fields)
 
     def shared_memory(self, tile: Tile) -> int:
-        """Bytes that a CTA needs."""
+        """Bytes of shared memory that a CTA needs."""
         is_backward, elements = self.kernel == "backward", tile.rows * tile.channels
         stages = min(tile.stages, self.chunk)
         rings = [elements * size for size in self.loads]
         if is_backward:
-            rings[-1] += 3 * max(128, tile.channels * self.loads[-1])  # margins of h
+            rings[-1] += 3 * max(128, tile.channels * self.loads[-1])  # the margins around h
         results = [elements * size for size in self.stores]
         if self.sharing > 1:
             rings.append(16 * tile.rows)
@@ -124,12 +149,12 @@ class Work:
         if self.resident:
             arrays += [(self.resident - 4) * tile.rows * elements, 4 * tile.rows * elements]
         arrays += [tile.warpgroups * tile.stores * size for size in results] + [lines]
-        # Each begins at a multiple of 1 KB. Barriers; and JAX's room for sums over channels.
+        # Each array begins at a multiple of 1 KB. Barriers and JAX's space for sums over channels are added.
         sums = 2048 if is_backward and self.sharing > 1 else 0
         return sum(-(-size // 1024) * 1024 for size in arrays) + 8 * (3 * tile.warpgroups * stages + 3) + sums
 
     def fits(self, tile: Tile, card: Card) -> bool:
-        """Whether the kernel is right with this tile, and its shared memory and registers suffice."""
+        """Whether the kernel is correct with this tile and has enough shared memory and registers."""
         if not all(isinstance(value, int) for value in dataclasses.astuple(tile)):
             return False
         elements = tile.rows * tile.channels
@@ -137,24 +162,24 @@ class Work:
             return False
         if not 1 <= tile.warpgroups <= 4 or tile.rows % 8:
             return False
-        if min(tile.stages, tile.stores) < 1 or tile.rows > 192:  # with its margins a copy has 256 pixels at most
+        if min(tile.stages, tile.stores) < 1 or tile.rows > 192:  # with margins, a TMA copy has at most 256
             return False
         if self.sharing > 1 and self.sharing % tile.channels:
             return False
-        # A product of tensor cores has 256 columns at most.
+        # A tensor-core instruction has at most 256 columns.
         if self.rank and tile.channels > 32:
             return False
-        # TMA drops axes of length 1, and with them what lies outside of the image.
+        # TMA drops axes of length 1, and with them the zeros outside the image.
         if self.resident and (tile.ghost or tile.warpgroups > 1 or self.lines > tile.rows or self.lines == 1):
             return False
         if self.length > tile.extent and not tile.ghost:
             return False
         if tile.ghost and (tile.warpgroups > 1 or self.length <= tile.rows or tile.own < tile.ghost + 16):
             return False
-        # Copies out of shared memory begin at multiples of 128 bytes: at the first pixel that a CTA owns.
+        # Copies out of shared memory begin at multiples of 128 bytes; the first pixel that a CTA owns must be one.
         if tile.ghost * tile.channels * 2 % 128 or (tile.ghost and self.sharing > 1 and (tile.ghost | tile.rows) % 32):
             return False
-        # A store whose box has no gaps in memory is one bulk copy and is not clipped at the end of the line.
+        # A store of a contiguous box becomes a bulk copy, which is not clipped at the end of the line.
         ragged = self.length % tile.own if tile.ghost else self.length != tile.extent
         ragged = ragged or (self.resident and self.lines != tile.extent)
         if self.adjacent and self.channels == tile.channels and ragged:
@@ -164,9 +189,9 @@ class Work:
         return self.shared_memory(tile) <= card.shared_memory
 
     def registers(self, tile: Tile) -> int:
-        """An estimate, per thread."""
+        """An estimate of a thread's registers."""
         line, element = _REGISTERS[self.kernel]
-        element += 4 * (self.kernel == "backward" and len(self.stores) > 3)  # as in propagation
+        element += 4 * (self.kernel == "backward" and len(self.stores) > 3)  # in a propagation
         elements = max(1, tile.rows * tile.channels // 128)
         sums = self._sums(tile) // 128
         if overlaps(tile, not self.resident):
@@ -174,11 +199,11 @@ class Work:
         return max(line + element * elements, line + elements + sums)
 
     def _sums(self, tile: Tile) -> int:
-        """Values of a product of tensor cores."""
+        """Values of one matrix product."""
         return rows_of_product(tile) * MAPS * tile.channels if self.rank else 0
 
     def seconds(self, tile: Tile, card: Card) -> float:
-        """An estimate of the time, by which tiles are compared."""
+        """An estimate of the kernel's time, to compare tiles."""
         segments = -(-self.length // tile.own) if tile.ghost else 1
         launches = -(-self.chunk // tile.ghost) if tile.ghost else 1
         lines = min(tile.ghost, self.chunk) if tile.ghost else self.chunk
@@ -195,11 +220,11 @@ class Work:
         elements = tile.extent * tile.channels
         fixed, each = _INSTRUCTIONS[self.kernel]
         waits = _WAITS * (1 + (tile.warpgroups > 1) / 4)
-        if self.rank and self.resident:  # no copies of lines
+        if self.rank and self.resident:  # lines are not copied
             fixed, waits = fixed / 2, waits / 2
         instructions = fixed + each * elements / threads
         if elements // threads % 4:
-            instructions *= 1.5  # vectors of less than 16 bytes
+            instructions *= 1.5  # vectors shorter than 16 bytes
         overlapping, tensor = overlaps(tile, not self.resident), 0
         moved, ahead = elements * sum(self.loads + self.stores), min(tile.stages, self.chunk)
         if self.rank:
@@ -214,9 +239,9 @@ class Work:
         together = -(-active // card.multiprocessors) * tile.warpgroups
         half_sectors = tile.channels * 2 < 32 and tile.channels < self.channels
         line = max(
-            # Of rows of less than 32 bytes, whole sectors travel from the cache.
-            active * moved * (1.5 if half_sectors else 1) / _BANDWIDTH,
-            together * instructions / _CLOCK,  # a multiprocessor issues one instruction of a warpgroup in a cycle
+            # Rows shorter than 32 bytes still travel from the cache as whole sectors.
+            active * moved * (1.5 if half_sectors else 1) / COPY_BANDWIDTH,
+            together * instructions / _CLOCK,  # a multiprocessor issues one warpgroup instruction per cycle
             together * tensor / _CLOCK,
             (waits + _DEPENDENT * instructions) / _CLOCK,
             _MEMORY / ahead,
@@ -225,28 +250,32 @@ class Work:
 
 
 def lines_of_product(tile: Tile) -> int:
-    """Lines whose maps one product of tensor cores makes."""
+    """Lines whose maps one matrix product makes."""
     return 1 if tile.ghost or tile.warpgroups > 1 else max(1, _PRODUCT_ROWS // tile.rows)
 
 
-def overlaps(tile: Tile, alone: bool) -> bool:
-    """Whether tensor cores make the maps of a line during the arithmetic of another; `alone`: in a kernel of one
-    direction."""
-    return tile.overlap and alone and lines_of_product(tile) == 1
+def overlaps(tile: Tile, one_direction: bool) -> bool:
+    """Whether tensor cores make a line's maps during the arithmetic of the line before.
+
+    Args:
+        tile: of the kernel.
+        one_direction: whether the kernel walks only one direction.
+    """
+    return tile.overlap and one_direction and lines_of_product(tile) == 1
 
 
 def products_ahead(tile: Tile) -> int:
-    """Products whose proxy is in shared memory or on its way."""
+    """Matrix products whose proxy is in shared memory or on its way."""
     return min(tile.stages, 2)
 
 
 def rows_of_product(tile: Tile) -> int:
-    """Pixels of a warpgroup's product."""
+    """Pixels of a warpgroup's matrix product."""
     return -(-tile.rows // _PRODUCT_ROWS) * _PRODUCT_ROWS
 
 
-def candidates(work: Work, card: Card, most_warpgroups: int = 4) -> list[Tile]:
-    """All tiles that serve `work` on `card`."""
+def candidates(work: ScanWork, card: Card, most_warpgroups: int = 4) -> list[Tile]:
+    """All tiles that fit `work` on `card`."""
     tiles = (
         Tile(channels, rows, warpgroups, stages, stores, ghost, overlap)
         for channels, rows, warpgroups, stages, stores, ghost, overlap in itertools.product(
@@ -264,8 +293,8 @@ def candidates(work: Work, card: Card, most_warpgroups: int = 4) -> list[Tile]:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(work: Work, card: Card, most_warpgroups: int = 4) -> Tile | None:
-    """The tile that a scan runs with; None if none serves it as it is (a channel block of all channels, ragged)."""
+def plan(work: ScanWork, card: Card, most_warpgroups: int = 4) -> Tile | None:
+    """The fastest tile that fits: the measured one, else by the estimate. None if no tile fits."""
     measured = _measured().get(card.name, {}).get(work.key)
     if measured and measured["warpgroups"] <= most_warpgroups:
         return Tile(**measured)
@@ -273,7 +302,7 @@ def plan(work: Work, card: Card, most_warpgroups: int = 4) -> Tile | None:
     if not seconds:
         return None
     best = min(seconds.values())
-    # Of those that the estimate cannot tell apart: whole sectors of memory, then more on its way, then overlap.
+    # Among tiles within the estimate's precision: whole sectors of memory first, then more copies ahead, then overlap.
     near = [tile for tile in seconds if seconds[tile] <= 1.03 * best]
     return max(
         near,
@@ -283,5 +312,5 @@ def plan(work: Work, card: Card, most_warpgroups: int = 4) -> Tile | None:
 
 @functools.cache
 def _measured() -> dict[str, dict[str, dict[str, Any]]]:
-    """Card name to `Work.key` to the fields of the fastest tile."""
+    """By GPU name and `ScanWork.key`, the fields of the fastest tile."""
     return json.loads(MEASURED.read_text())

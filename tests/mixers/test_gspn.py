@@ -82,7 +82,7 @@ def test_starts_like_a_convolution_of_its_fan_in():
     (dict(weight_channels=3), ("weight_channels", "divisor of 8", "3")),
     (dict(propagation_channels=4, weight_channels=8), ("weight_channels", "divisor of 4", "8")),
     (dict(alignment="foo"), ("alignment", "unturned", "'foo'")), (dict(chunk=0), ("chunk", "at least 1", "0")),
-    (dict(path="bogus"), ("path", "low_rank_on_chip", "'bogus'")),
+    (dict(variant="bogus"), ("variant", "low_rank_on_chip", "'bogus'")),
 ])  # fmt: skip
 def test_bad_arguments(options, words):
     with pytest.raises(ValueError) as error:

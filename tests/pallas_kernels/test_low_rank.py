@@ -1,4 +1,4 @@
-"""Propagation of maps that are made of a proxy: the composition with `propagate`, and the rule of the kernels."""
+"""Propagation of maps made from a proxy: by way of `propagate`, and by the kernels' own gradient rule."""
 
 from typing import Any
 
@@ -66,8 +66,8 @@ def test_gradients_of_maps_are_those_of_autodiff(skip):
     ("up", UP._replace(logits=np.zeros((6, 4, 3, 3), np.float32)), ("divide C = 4", "got 3")),
     ("up", (1, 2, 3, 4), ("UpProjection", "tuple")),
     ("merge", np.zeros(3, np.float32), ("(4,)", "(3,)")),
-    ("path", "low_rank", ("16-bit", "float32")), ("path", "fused", ("xla", "'fused'")),
-    ("path", "fastest", ("low_rank_on_chip", "'fastest'")), ("path", 5, ("low_rank_on_chip", "5")),
+    ("variant", "low_rank", ("16-bit", "float32")), ("variant", "fused", ("xla", "'fused'")),
+    ("variant", "fastest", ("low_rank_on_chip", "'fastest'")), ("variant", 5, ("low_rank_on_chip", "5")),
     ("chunk", 0, ("at least 1", "0")),
 ])  # fmt: skip
 def test_bad_arguments(name, value, words):
@@ -79,7 +79,7 @@ def test_bad_arguments(name, value, words):
 
 
 def kernel_loss(x, proxy, up, merge, implementation="mosaic_interpret"):
-    y = propagate_low_rank(x, proxy, up, merge, implementation=implementation, path="low_rank")
+    y = propagate_low_rank(x, proxy, up, merge, implementation=implementation, variant="low_rank")
     return jnp.sum(y.astype(jnp.float32) ** 2)
 
 
@@ -111,7 +111,7 @@ def test_vmap_of_images_and_of_projections():
     with record_choices() as choices:
         images = jax.vmap(gradient, in_axes=(0, 0, None, None))(stacked[0], stacked[1], one[2], one[3])
         models = jax.vmap(gradient)(*stacked)
-    assert {str(choice.paths) for choice in choices} == {"low_rank; in training low_rank, backward low_rank"}
+    assert {str(choice.variants) for choice in choices} == {"low_rank; in training low_rank, backward low_rank"}
     for k, arrays in enumerate((one, other)):
         for got, want in zip(images, gradient(arrays[0], arrays[1], one[2], one[3]), strict=True):
             assert_close(got[k], want)

@@ -15,7 +15,7 @@ from pallas_kernels.directions import walked_axis
 from pallas_kernels.mosaic.tiles import Tile
 from tests.tolerances import TOLERANCES, assert_close
 
-# Lines and pixels of a line. "long" is cut into segments, and its lines into launches: see `Case`.
+# Lines and pixels of a line. "long" is cut into segments, and its lines into launches: see `ScanCase`.
 SIZES = {
     "one line": (1, 9), "one pixel": (9, 1), "few lines": (3, 9), "tall": (9, 7), "wide": (6, 17), "whole": (4, 16),
     "long": None,
@@ -42,7 +42,7 @@ AXES = {
 }
 
 
-class Case(NamedTuple):
+class ScanCase(NamedTuple):
     """One value of each axis, in their order, and what they mean together."""
 
     direction: str
@@ -139,13 +139,13 @@ class Case(NamedTuple):
 
 
 @functools.cache
-def product() -> tuple[Case, ...]:
+def product() -> tuple[ScanCase, ...]:
     """Every allowed case."""
-    cases = itertools.starmap(Case, itertools.product(*AXES.values()))
+    cases = itertools.starmap(ScanCase, itertools.product(*AXES.values()))
     return tuple(case for case in cases if case.is_allowed)
 
 
-def sample(count: int, seed: int) -> Iterator[Case]:
+def sample(count: int, seed: int) -> Iterator[ScanCase]:
     """So many cases of the product, each at most once, in an order that the seed decides."""
     cases = product()
     for index in np.random.default_rng(seed).permutation(len(cases))[:count]:
@@ -175,17 +175,17 @@ def covering_set(cases: Sequence[Any], axes: Mapping[str, Sequence[Any]], costs:
 
 
 @functools.cache
-def covering() -> tuple[Case, ...]:
+def covering() -> tuple[ScanCase, ...]:
     """Cases in which every allowed pair of values occurs."""
     return covering_set(product(), AXES, [60 + case.cost for case in product()])
 
 
-def compiled() -> tuple[Case, ...]:
+def compiled() -> tuple[ScanCase, ...]:
     """Of the covering cases one for each tile and dtypes."""
     return tuple({(case.tile, case.dtypes): case for case in covering()}.values())
 
 
-def draw(case: Case) -> tuple[jax.Array, ...]:
+def draw(case: ScanCase) -> tuple[jax.Array, ...]:
     """x, weights or logits, lam, and the gradient that reaches h."""
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))
     dtypes = DTYPES[case.dtypes]
@@ -200,7 +200,7 @@ def draw(case: Case) -> tuple[jax.Array, ...]:
     )
 
 
-def scan_and_gradients(case: Case, implementation: str) -> dict[str, jax.Array]:
+def scan_and_gradients(case: ScanCase, implementation: str) -> dict[str, jax.Array]:
     """h and the gradients of x, weights and lam."""
     operation: Any = line_scan if case.source == "weights" else line_scan_from_logits
     tile = None if implementation == "xla" else case.explicit_tile
@@ -214,7 +214,7 @@ def scan_and_gradients(case: Case, implementation: str) -> dict[str, jax.Array]:
     return dict(zip(("h", "x", "weights", "lam"), run(*draw(case)), strict=True))
 
 
-def check(case: Case, implementation: str) -> None:
+def check(case: ScanCase, implementation: str) -> None:
     """The results of `implementation` are those of the reference; whatever the interpreter finds is raised."""
     got, want = scan_and_gradients(case, implementation), scan_and_gradients(case, "xla")
     # A gradient that is wider than x is made of h, which was kept in x's dtype.

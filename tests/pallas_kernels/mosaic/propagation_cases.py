@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import UpProjection, propagate, propagate_low_rank
-from pallas_kernels.dispatch import PATHS
+from pallas_kernels import VARIANTS, UpProjection, propagate, propagate_low_rank
 from pallas_kernels.mosaic.tiles import Tile
 from tests.pallas_kernels.mosaic.cases import covering_set
 from tests.tolerances import TOLERANCES, assert_close
@@ -25,7 +24,7 @@ TILES: dict[str, Any] = {
 # Tiles whose products and lines take turns, where they overlap by default.
 IN_TURN = {f"{name} in turn": dataclasses.replace(TILES[name], overlap=False) for name in ("two", "cut")}
 AXES = {
-    "path": PATHS,
+    "variant": VARIANTS,
     "size": tuple(SIZES),
     "map": ((1, 8), (2, 9), (1, 24)),  # batch and channels
     "chunk": (None, 2),
@@ -37,10 +36,10 @@ AXES = {
 }
 
 
-class Case(NamedTuple):
+class PropagationCase(NamedTuple):
     """One value of each axis, in their order."""
 
-    path: str
+    variant: str
     size: str
     map: tuple[int, int]
     chunk: int | None
@@ -75,7 +74,7 @@ class Case(NamedTuple):
     def is_allowed(self) -> bool:
         """Whether there is such a case."""
         height, width = SIZES[self.size]
-        made, on_chip = self.path.startswith("low_rank"), self.path.endswith("on_chip")
+        made, on_chip = self.variant.startswith("low_rank"), self.variant.endswith("on_chip")
         return all((
             not (made and self.dtypes == "float32"),
             made or self.rank == 3,  # where maps are given there is no proxy
@@ -87,7 +86,7 @@ class Case(NamedTuple):
             or (self.rank == 3 and self.sharing == "none" and self.dtypes == ("wide x" if made else "float32")),
             self.size != "one line" or (self.tile == "planned" and self.map == (1, 24)),
             self.size != "long" or self.map == (2, 9),
-            self.tile != "single" or self.path == "low_rank_on_chip",
+            self.tile != "single" or self.variant == "low_rank_on_chip",
             # What costs most, and a dtype that differs from bfloat16 by its name alone, with little else.
             self.tile not in ("two", "single")
             or (self.size == "square" and self.map == (1, 8) and self.dtypes in ("float32", "wide x")),
@@ -106,7 +105,7 @@ class Case(NamedTuple):
         """x, the maps or proxy and projections, merge, and the gradient that reaches y."""
         rng = np.random.default_rng(zlib.crc32(str(self).encode()))
         pixels, channels, rank = self.shape[:3], self.shape[3], self.rank
-        made = self.path.startswith("low_rank")
+        made = self.variant.startswith("low_rank")
         front, scale = ((rank,), rank**-0.5) if made else (pixels, 1.0)
         logits = rng.normal(0, 2 * scale, (*front, 4, 3, self.weight_channels))
         maps: Any = [logits, *rng.normal(0, scale, (3, *front, 4, channels))]
@@ -119,40 +118,42 @@ class Case(NamedTuple):
 
 
 @functools.cache
-def product() -> tuple[Case, ...]:
+def product() -> tuple[PropagationCase, ...]:
     """Every allowed case."""
-    return tuple(case for case in itertools.starmap(Case, itertools.product(*AXES.values())) if case.is_allowed)
+    return tuple(
+        case for case in itertools.starmap(PropagationCase, itertools.product(*AXES.values())) if case.is_allowed
+    )
 
 
 @functools.cache
-def covering() -> tuple[Case, ...]:
+def covering() -> tuple[PropagationCase, ...]:
     """Cases in which every allowed pair of values occurs."""
     return covering_set(product(), AXES, [60 + case.cost for case in product()])
 
 
-def inference() -> tuple[Case, ...]:
-    """Of the covering cases one for each path."""
-    return tuple({case.path: case for case in covering()}.values())
+def inference() -> tuple[PropagationCase, ...]:
+    """Of the covering cases one for each variant."""
+    return tuple({case.variant: case for case in covering()}.values())
 
 
-def compiled() -> tuple[Case, ...]:
-    """Of the covering cases one for each path and tile that differs from the planned one in more than its size."""
-    return tuple({(case.path, case.tile): case for case in covering() if case.tile != "broad"}.values())
+def compiled() -> tuple[PropagationCase, ...]:
+    """Of the covering cases one for each variant and tile that differs from the planned one in more than its size."""
+    return tuple({(case.variant, case.tile): case for case in covering() if case.tile != "broad"}.values())
 
 
-def bound(case: Case, implementation: str) -> Any:
+def bound(case: PropagationCase, implementation: str) -> Any:
     """The operation of the case as a function of its arrays but the gradient."""
-    operation: Any = propagate_low_rank if case.path.startswith("low_rank") else propagate
-    path = None if implementation == "xla" else case.path
-    return functools.partial(operation, chunk=case.chunk, implementation=implementation, path=path)
+    operation: Any = propagate_low_rank if case.variant.startswith("low_rank") else propagate
+    variant = None if implementation == "xla" else case.variant
+    return functools.partial(operation, chunk=case.chunk, implementation=implementation, variant=variant)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def y_and_gradients(case: Case, implementation: str, *arrays: Any) -> dict[str, jax.Array]:
+def y_and_gradients(case: PropagationCase, implementation: str, *arrays: Any) -> dict[str, jax.Array]:
     """By name; what is None is left out."""
     *inputs, grad = arrays
     y, vjp = jax.vjp(bound(case, implementation), *inputs)
-    if case.path.startswith("low_rank"):
+    if case.variant.startswith("low_rank"):
         x, proxy, up, merge = vjp(grad)
         found = dict(y=y, x=x, proxy=proxy, merge=merge, **up._asdict())
     else:
@@ -161,7 +162,7 @@ def y_and_gradients(case: Case, implementation: str, *arrays: Any) -> dict[str, 
     return {name: array for name, array in found.items() if array is not None}
 
 
-def check(case: Case, implementation: str) -> None:
+def check(case: PropagationCase, implementation: str) -> None:
     """The results of `implementation` are those of the reference; whatever the interpreter finds is raised."""
     arrays = case.arrays()
     got, want = (y_and_gradients(case, name, *arrays) for name in (implementation, "xla"))
@@ -169,13 +170,13 @@ def check(case: Case, implementation: str) -> None:
     for name, reference in want.items():
         # Gradients of maps are in the maps' dtype; that of a projection is made of them, rounded again.
         least = TOLERANCES[case.dtype_of_x if name in ("y", "x") else case.dtype_of_maps]
-        least *= 2 if case.path.startswith("low_rank") and name in UpProjection._fields else 1
+        least *= 2 if case.variant.startswith("low_rank") and name in UpProjection._fields else 1
         if name == "merge":  # four sums over the whole map, which cancel
             least = max(least, 4 * TOLERANCES["float32"])
         assert_close(got[name], reference, tolerance=max(least, TOLERANCES[reference.dtype.name]), name=name)
 
 
-def check_inference(case: Case, implementation: str) -> None:
+def check_inference(case: PropagationCase, implementation: str) -> None:
     """As `check`, of y where nothing is kept for a gradient."""
     *inputs, _ = case.arrays()
     got, want = (jax.jit(bound(case, name))(*inputs) for name in (implementation, "xla"))

@@ -44,7 +44,7 @@ def test_cut_cases_have_several_segments_and_launches():
             assert (case.shape[axis], case.shape[3 - axis]) == (walk.lines, walk.length)
 
 
-UNWRITTEN = cases.Case("down", "none", "none", "float32", "logits", "tall", (1, 8), "one", (2, 2))
+UNWRITTEN = cases.ScanCase("down", "none", "none", "float32", "logits", "tall", (1, 8), "one", (2, 2))
 
 
 def test_what_no_kernel_writes_is_seen(monkeypatch):

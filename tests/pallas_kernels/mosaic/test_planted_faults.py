@@ -7,8 +7,8 @@ from pallas_kernels.mosaic import primitives
 from tests.pallas_kernels.mosaic import cases, propagation_cases
 
 # Nine lines, two in flight: every slot is used again. Two warpgroups read each other's part of the state line.
-ALONE = cases.Case("right", "none", "none", "bfloat16", "logits", "tall", (1, 8), "one", (2, 1))
-TOGETHER = cases.Case("right", "none", "none", "bfloat16", "logits", "wide", (1, 8), "two", (2, 1))
+ALONE = cases.ScanCase("right", "none", "none", "bfloat16", "logits", "tall", (1, 8), "one", (2, 1))
+TOGETHER = cases.ScanCase("right", "none", "none", "bfloat16", "logits", "wide", (1, 8), "two", (2, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +20,8 @@ def traced_afresh():
 
 
 # Seven lines, a product for each where one direction is walked; one for all where all four are.
-MADE = propagation_cases.Case("low_rank", "square", (1, 8), None, "none", "bfloat16", 16, True, "planned")
-ON_CHIP = MADE._replace(path="low_rank_on_chip")
+MADE = propagation_cases.PropagationCase("low_rank", "square", (1, 8), None, "none", "bfloat16", 16, True, "planned")
+ON_CHIP = MADE._replace(variant="low_rank_on_chip")
 
 
 def nothing(*arguments):

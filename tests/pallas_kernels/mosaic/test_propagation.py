@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import deviceless
 from pallas_kernels import UpProjection, propagate, propagate_low_rank
+from pallas_kernels.mosaic import compile_only
 from tests.pallas_kernels.mosaic import cases, propagation_cases
 from tests.pallas_kernels.mosaic.propagation_cases import AXES, IN_TURN, TILES, check, covering, product
 from tests.pallas_kernels.mosaic.test_compiled import assert_sound
@@ -29,7 +29,7 @@ def test_inference_interpreted(case, planned):
 
 @pytest.mark.parametrize("tile", IN_TURN)
 def test_products_and_lines_in_turn_interpreted(tile, planned):
-    like = (case for case in covering() if (case.path, case.tile) == ("low_rank", tile.removesuffix(" in turn")))
+    like = (case for case in covering() if (case.variant, case.tile) == ("low_rank", tile.removesuffix(" in turn")))
     planned(IN_TURN[tile])
     check(next(like)._replace(tile=tile), "mosaic_interpret")
 
@@ -50,18 +50,18 @@ def test_covering_cases_cover_every_allowed_pair_and_are_few():
     assert set(np.unique(cases.pairs(chosen, AXES))) == set(np.unique(cases.pairs(product(), AXES)))
 
 
-@pytest.mark.skipif(bool(deviceless.missing()), reason=str(deviceless.missing()))
+@pytest.mark.skipif(bool(compile_only.missing()), reason=str(compile_only.missing()))
 @pytest.mark.parametrize("case", propagation_cases.compiled(), ids=str)
 def test_compiled(case, planned):
     planned(TILES[case.tile])
     run = lambda *arrays: propagation_cases.y_and_gradients(case, "mosaic", *arrays)  # noqa: E731
-    compilation = deviceless.compile_for_h200(run, *case.arrays())
-    forward = {"propagation_on_chip": 1} if case.path.endswith("on_chip") else {"propagation_forward": 4}
-    assert deviceless.kernel_counts(compilation.compiled) == forward | {"propagation_backward": 4}
+    compilation = compile_only.compile_for_h200(run, *case.arrays())
+    forward = {"propagation_on_chip": 1} if case.variant.endswith("on_chip") else {"propagation_forward": 4}
+    assert compile_only.kernel_counts(compilation.compiled) == forward | {"propagation_backward": 4}
     for kernel in compilation.kernels:
         assert_sound(kernel)
         products = sum(n for opcode, n in kernel.opcodes.items() if opcode.startswith("HGMMA"))
-        assert (products > 0) == case.path.startswith("low_rank"), kernel.opcodes
+        assert (products > 0) == case.variant.startswith("low_rank"), kernel.opcodes
 
 
 def test_a_chunk_that_is_not_finite_spoils_no_other():
@@ -70,26 +70,26 @@ def test_a_chunk_that_is_not_finite_spoils_no_other():
     x[0, 0, 0, 0] = np.nan
     maps = rng.normal(size=(1, 4, 4, 4, 3, 8)), *rng.normal(size=(3, 1, 4, 4, 4, 8))
     arrays = [jnp.asarray(array, jnp.float32) for array in (x, *maps, np.ones(4))]
-    y = propagate(*arrays, chunk=2, implementation="mosaic_interpret", path="fused_on_chip")
+    y = propagate(*arrays, chunk=2, implementation="mosaic_interpret", variant="fused_on_chip")
     want = propagate(*arrays, chunk=2, implementation="xla")
     assert np.isnan(want).sum() == 4
     np.testing.assert_array_equal(np.isnan(y), np.isnan(want))
 
 
-@pytest.mark.parametrize("path", ["fused", "fused_on_chip"])
-def test_a_state_of_ones_stays_one_in_every_direction(path):
+@pytest.mark.parametrize("variant", ["fused", "fused_on_chip"])
+def test_a_state_of_ones_stays_one_in_every_direction(variant):
     """Rows sum to exactly 1 also where the kernel normalises: h = 1 from the first line on, in bfloat16 logits."""
     logits = np.random.default_rng(13).normal(0, 3, (1, 12, 12, 4, 3, 8))
     lam = np.zeros((1, 12, 12, 4, 8))
     lam[:, :, 0, 0] = lam[:, 0, :, 1] = lam[:, :, -1, 2] = lam[:, -1, :, 3] = 1  # the line where each direction starts
     x = jnp.ones((1, 12, 12, 8), jnp.float32)
     arrays = jnp.asarray(logits, jnp.bfloat16), jnp.asarray(lam, jnp.float32), jnp.ones((1, 12, 12, 4, 8)), None
-    y = propagate(x, *arrays, jnp.ones(4), implementation="mosaic_interpret", path=path)
+    y = propagate(x, *arrays, jnp.ones(4), implementation="mosaic_interpret", variant=variant)
     assert np.all(np.asarray(y) == 4)
 
 
-@pytest.mark.parametrize("path", ["low_rank", "low_rank_on_chip"])
-def test_a_state_of_ones_stays_one_where_tensor_cores_make_the_maps(path):
+@pytest.mark.parametrize("variant", ["low_rank", "low_rank_on_chip"])
+def test_a_state_of_ones_stays_one_where_tensor_cores_make_the_maps(variant):
     """As above; the proxy says on which line a direction starts, and the rest of it what its logits are."""
     rng = np.random.default_rng(14)
     proxy = rng.normal(0, 3, (1, 12, 12, 16))
@@ -102,5 +102,5 @@ def test_a_state_of_ones_stays_one_where_tensor_cores_make_the_maps(path):
     logits, lam, gate = (jnp.asarray(array, jnp.bfloat16) for array in up)
     up = UpProjection(logits, lam, gate, None)
     inputs = jnp.ones((1, 12, 12, 8), jnp.float32), jnp.asarray(proxy, jnp.bfloat16), up, jnp.ones(4)
-    y = propagate_low_rank(*inputs, implementation="mosaic_interpret", path=path)
+    y = propagate_low_rank(*inputs, implementation="mosaic_interpret", variant=variant)
     assert np.all(np.asarray(y) == 4)

@@ -9,8 +9,8 @@ from pallas_kernels import line_scan_from_logits
 from pallas_kernels.mosaic.tiles import Tile
 
 SCALES = np.array([0.0, 0.1, 1, 3, 10, 30, 60, 100])
-# Each way through the kernels: pixels of a line, weight channels, tile.
-PATHS = {
+# How a kernel runs: pixels of a line, weight channels, tile.
+PLANS = {
     "planned": (9, 8, None), "warpgroups": (17, 8, Tile(8, 16, 2)), "cut": (50, 8, Tile(8, 48, ghost=8)),
     "shared": (9, 1, None), "shared and cut": (130, 1, Tile(8, 128, ghost=32)),
 }  # fmt: skip
@@ -57,22 +57,22 @@ def assert_never_grows(implementation, lines, pixels, weight_channels, tile):
     assert np.all(largest[1:] <= largest[:-1] * (1 + 3e-7)) and np.all(largest[-1] > 0)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_constant_stays_interpreted(path):
-    pixels, weight_channels, tile = PATHS[path]
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_constant_stays_interpreted(plan):
+    pixels, weight_channels, tile = PLANS[plan]
     lines = (12 if pixels < 128 else 34) if tile and tile.ghost else 16  # launches of 8 or 32 lines
     assert_constant_stays("mosaic_interpret", lines, pixels, weight_channels, tile)
 
 
-@pytest.mark.parametrize("path", ["planned", "warpgroups"])
-def test_a_state_never_grows_interpreted(path):
-    pixels, weight_channels, tile = PATHS[path]
+@pytest.mark.parametrize("plan", ["planned", "warpgroups"])
+def test_a_state_never_grows_interpreted(plan):
+    pixels, weight_channels, tile = PLANS[plan]
     assert_never_grows("mosaic_interpret", 32, pixels, weight_channels, tile)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", PATHS)
-def test_4096_lines(path):
-    pixels, weight_channels, tile = PATHS[path]
+@pytest.mark.parametrize("plan", PLANS)
+def test_4096_lines(plan):
+    pixels, weight_channels, tile = PLANS[plan]
     assert_constant_stays("mosaic", 4096, pixels, weight_channels, tile)
     assert_never_grows("mosaic", 4096, pixels, weight_channels, tile)

@@ -152,7 +152,7 @@ def test_what_was_measured_comes_first(tmp_path, monkeypatch):
 def test_the_table_of_measured_tiles_is_sound():
     for name, table in tiles._measured().items():
         for key, tile in table.items():
-            work = tiles.Work.of_key(key)
+            work = tiles.ScanWork.of_key(key)
             assert work.key == key and work.fits(Tile(**tile), H200), (name, key, tile)
 
 

@@ -1,6 +1,6 @@
-"""Which kernels a propagation takes: the cheapest for its map and mode, from the table in paths.json.
+"""Which kernel variants a propagation runs: the fastest for the map's shape, from the table in variants.json.
 
-`python -m experiments.choose_paths` writes the table: times on a card, or estimates where there was none.
+`python -m experiments.benchmarks.choose_variants` writes the table: times measured on a GPU, or estimates without one.
 """
 
 import dataclasses
@@ -13,34 +13,40 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import Paths
+from pallas_kernels.choices import Variants
 from pallas_kernels.mosaic.forms import GivenForms, MadeForms
 from pallas_kernels.up_projection import UpProjection
 
-TABLE = pathlib.Path(__file__).with_name("paths.json")
+TABLE = pathlib.Path(__file__).with_name("variants.json")
 ON_CHIP = "_on_chip"
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A propagation, as far as its paths depend on it."""
+    """What the variants of a propagation depend on."""
 
-    shape: tuple[int, ...]  # of x: (B, H, W, C)
-    dtype: str  # of x and the maps; the wider where they differ
+    shape: tuple[int, ...]  # (B, H, W, C) of x
+    dtype: str  # of x and the maps; the wider one where they differ
     weight_channels: int
     chunk: int | None
     rank: int = 0  # S of the proxy; 0 where the maps are given
 
 
-def choose(work: Work, path: str | None, is_interpreted: bool = False) -> Paths:
-    """The paths of `work`; with `path`, this one, and backward `fused` where it serves forward alone.
+def choose(work: Work, variant: str | None, is_interpreted: bool = False) -> Variants:
+    """The variants that run `work`.
+
+    Args:
+        work: the propagation.
+        variant: None for the table's. A named one is taken for inference and training, and for the backward pass too
+            if it has one that fits the map; else the backward pass is "fused".
+        is_interpreted: whether Pallas' interpreter runs the kernels.
 
     Raises:
-      ValueError: `path` cannot serve the map on this card.
+        ValueError: `variant` cannot run this map on this GPU.
     """
 
-    def possible(name: str, kernel: str = "forward") -> str:
-        """The path of the row, or what serves a map that is larger or of a higher rank."""
+    def fitting(name: str, kernel: str = "forward") -> str:
+        """`name`, or the next variant that fits: a map may be larger than the table's, or its rank higher."""
         for candidate in (name, name.removesuffix(ON_CHIP)):
             try:
                 _ = forms(work, candidate, is_interpreted, kernel)
@@ -49,24 +55,24 @@ def choose(work: Work, path: str | None, is_interpreted: bool = False) -> Paths:
                 pass
         return "fused"
 
-    if path is not None:
-        _ = forms(work, path, is_interpreted)  # which raises
-        return Paths(path, path, possible(path.removesuffix(ON_CHIP), "backward"))
+    if variant is not None:
+        _ = forms(work, variant, is_interpreted)  # raises if it does not fit
+        return Variants(variant, variant, fitting(variant.removesuffix(ON_CHIP), "backward"))
     row, prefix = nearest(work), "" if work.rank else "given_"
-    backward = possible(row["backward"], "backward") if work.rank else "fused"
-    return Paths(possible(row[prefix + "inference"]), possible(row[prefix + "training"]), backward)
+    backward = fitting(row["backward"], "backward") if work.rank else "fused"
+    return Variants(fitting(row[prefix + "inference"]), fitting(row[prefix + "training"]), backward)
 
 
-def forms(work: Work, path: str, is_interpreted: bool = False, kernel: str = "forward") -> GivenForms | MadeForms:
-    """How the kernels of `path` cut the map.
+def forms(work: Work, variant: str, is_interpreted: bool = False, kernel: str = "forward") -> GivenForms | MadeForms:
+    """How the kernels of `variant` tile the map; `kernel` is "forward" or "backward".
 
     Raises:
-      ValueError: no tile serves it.
+        ValueError: no tile fits the map.
     """
     *pixels, channels = work.shape
     x = jax.ShapeDtypeStruct(work.shape, work.dtype)
-    options: Any = dict(chunk=work.chunk, on_chip=path.endswith(ON_CHIP), interpret=is_interpreted)
-    if path.startswith("low_rank"):
+    options: Any = dict(chunk=work.chunk, on_chip=variant.endswith(ON_CHIP), interpret=is_interpreted)
+    if variant.startswith("low_rank"):
         proxy = jax.ShapeDtypeStruct((*pixels, work.rank), work.dtype)
         of_maps: Any = jax.ShapeDtypeStruct((work.rank, 4, channels), work.dtype)
         logits: Any = jax.ShapeDtypeStruct((work.rank, 4, 3, work.weight_channels), work.dtype)
@@ -77,12 +83,12 @@ def forms(work: Work, path: str, is_interpreted: bool = False, kernel: str = "fo
 
 
 def nearest(work: Work) -> Mapping[str, Any]:
-    """The row of the table whose map is most like that of `work`."""
+    """The table's row whose map is closest to that of `work`."""
     return min(_table()["rows"], key=lambda row: _distance(_features(work), _features(_work_of(row))))
 
 
 def basis() -> str:
-    """What the table rests on: "measured on ..." or "estimated for ..."."""
+    """Where the table's times come from: "measured on ..." or "estimated for ..."."""
     return _table()["basis"]
 
 
@@ -92,7 +98,7 @@ def _work_of(row: Mapping[str, Any]) -> Work:
 
 
 def _features(work: Work) -> list[float]:
-    """Logarithms of what decides: sides, lines of a chunk, parallel work, channels that share a weight, rank."""
+    """Logarithms of the sizes that the times depend on."""
     batch, height, width, channels = work.shape
     longer, shorter = max(height, width), min(height, width)
     lines = min(work.chunk or longer, longer)
