@@ -9,10 +9,12 @@ import numpy as np
 def check_counts(**counts: Any) -> None:
     """Raises ValueError, naming the argument, unless each is an integer >= 1, or a sequence of such; None passes."""
     for name, value in counts.items():
-        for count in value if isinstance(value, list | tuple) else (value,):
+        is_sequence = isinstance(value, list | tuple)
+        for count in value if is_sequence else (value,):
             is_integer = isinstance(count, int | np.integer) and not isinstance(count, bool)
             if value is not None and not (is_integer and count >= 1):
-                raise ValueError(f"{name}: expected integers of at least 1, got {value}")
+                expected = "integers" if is_sequence else "an integer"
+                raise ValueError(f"{name}: expected {expected} of at least 1, got {value}")
 
 
 def check_positive(**values: float) -> None:

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from configs import classifier
-from experiments import classification
+from experiments import settings
 from gspn_jax import data
+from gspn_jax.runs import differences, new_run
 from gspn_jax.training import MixingOptions
 
 
@@ -26,9 +27,9 @@ def test_imagenet_recipe(preset: str, drop_path: float, rate: float, least: floa
     assert (config.optimizer.learning_rate, config.optimizer.min_learning_rate) == (rate, least)
     assert (config.epochs, config.optimizer.warmup_epochs, config.optimizer.ema_decay) == (300, 20, 0.9999)
     epoch = 1_281_167 // batch
-    optimizer = classification.optimizer_options(config, epoch, 300 * epoch)
+    optimizer = settings.optimizer_options(config, epoch, 300 * epoch)
     assert optimizer.warmup_steps == 20 * epoch and optimizer.weight_decay == 0.05 and optimizer.clip == 5.0
-    options = classification.train_options(config, epoch, "x")
+    options = settings.train_options(config, epoch, "x")
     assert (options.num_steps, options.evaluate_steps, options.checkpoint_steps) == (300 * epoch, epoch, epoch)
 
 
@@ -41,16 +42,16 @@ def test_every_preset_is_documented_locked_and_builds(preset: str):
     data.Augmentation(**config.augmentation.to_dict())
     MixingOptions(**config.mixing.to_dict())
     dataset = data.Dataset("x", 10, tuple("0123456789"), train=None, test=None)  # pyright: ignore[reportArgumentType]
-    meta = classification.describe(config, dataset)
-    assert jax.eval_shape(lambda: nnx.state(classification.model_builder(meta)(nnx.Rngs(0))))
-    assert all(value is not None for value in meta["model"]["options"].values())
+    run = settings.make_run(config, dataset)
+    assert jax.eval_shape(lambda: nnx.state(run.build(nnx.Rngs(0))))
+    assert all(value is not None for value in run.description["model"]["options"].values())
 
 
 def test_a_run_cut_short_warms_up_in_the_same_share():
     config = classifier.get_config("gspn_t")
     config.steps = 300
-    assert classification.train_options(config, 100, "x").num_steps == 300
-    assert classification.optimizer_options(config, 100, 300).warmup_steps == 20
+    assert settings.train_options(config, 100, "x").num_steps == 300
+    assert settings.optimizer_options(config, 100, 300).warmup_steps == 20
 
 
 def test_unknown_preset():
@@ -63,49 +64,59 @@ def test_profile_steps_that_do_not_parse(text: str):
     config = classifier.get_config("digits")
     config.profile_steps = text
     with pytest.raises(ValueError, match="profile_steps: expected FIRST:END"):
-        classification.train_options(config, 10, "x")
+        settings.train_options(config, 10, "x")
 
 
 def test_runs_that_compute_something_else_with_the_same_shapes_are_told_apart():
-    target = {"model": {"name": "gspn_t", "options": {}}, "data": {"mean": [1.0], "std": [2.0]}}
+    shared: dict[str, Any] = {"task": "classification", "num_classes": 1, "class_names": ["x"]}
     released = {"alignment": "unturned", "chunk": 4, "global_stages": [2, 3]}
-    source = {"model": {"name": "gspn_t", "options": released}, "data": {"mean": (1.0,), "std": (3.0,)}}
-    assert classification.differences(target, target) == []
-    assert [line.split(";")[0] for line in classification.differences(source, target)] == [
+    target = new_run({**shared, "model": {"name": "gspn_t", "options": {}}, "data": {"mean": [1.0], "std": [2.0]}})
+    source = new_run(
+        {**shared, "model": {"name": "gspn_t", "options": released}, "data": {"mean": (1.0,), "std": (3.0,)}}
+    )
+    assert differences(target, target) == []
+    assert [line.split(";")[0] for line in differences(source, target)] == [
         "model.alignment: unturned there, aligned here", "model.chunk: 4 there, 2 here",
         "data.std: (3.0,) there, (2.0,) here",
     ]  # fmt: skip
-    assert "--config.model.alignment=unturned" in classification.differences(source, target)[0]
+    assert "--config.model.alignment=unturned" in differences(source, target)[0]
 
 
 def test_a_resize_below_the_image_size_is_an_error_before_anything_starts():
     config = classifier.get_config("gspn_t")
     config.data.image_size = 288
-    classification.check_sizes(config)
+    settings.check_sizes(config)
     config.data.resize = 256
     with pytest.raises(ValueError, match=r"data.resize: .* at least image_size = 288, got 256"):
-        classification.check_sizes(config)
+        settings.check_sizes(config)
 
 
 @pytest.mark.parametrize("key,value,words", [
-    ("model.dtype", "bf16", "model.dtype: expected one of float32, bfloat16, float16; got 'bf16'"),
+    ("model.dtype", "bf16", "dtype: expected one of float32, bfloat16, float16, float64; got 'bf16'"),
+    ("model.widths", (0, 8, 8), "widths: expected integers of at least 1, got (0, 8, 8)"),
+    ("model.depths", (-1, 1, 1), "depths: expected integers of at least 1, got (-1, 1, 1)"),
+    ("model.mlp_ratio", 0.0, "mlp_ratio: expected a number above 0, got 0.0"),
+    ("task", "dance", "task: expected one of classification, generation; got 'dance'"),
+    ("task", "generation", "task: expected classification, as this file configures, got generation"),
     ("epochs", 0, "epochs: expected at least 1, got 0"),
+    ("optimizer.warmup_epochs", -1.0, "optimizer.warmup_epochs: expected 0 to epochs = 20, got -1.0"),
+    ("optimizer.warmup_epochs", 1000.0, "optimizer.warmup_epochs: expected 0 to epochs = 20, got 1000.0"),
+    ("optimizer.warmup_epochs", float("nan"), "optimizer.warmup_epochs: expected 0 to epochs = 20, got nan"),
 ])  # fmt: skip
 def test_values_that_make_no_sense(key: str, value: object, words: str):
     config = classifier.get_config("digits")
     config.update_from_flattened_dict({key: value})
     config.steps = 2
-    meta = classification.describe(config, data.load("digits"))
     with pytest.raises(ValueError) as error:
-        classification.make_task(meta)
-        classification.optimizer_options(config, 10, 2)
+        settings.make_run(config, data.load("digits")).make_task()
+        settings.optimizer_options(config, 10, 2)
     assert words in str(error.value)
 
 
 def test_mixer_and_block_options_are_keys_of_the_configuration():
     config = classifier.get_config("digits")
     config.update_from_flattened_dict({"model.chunk": 3, "model.expansion": 2.0, "model.mlp_ratio": 3.0})
-    meta = classification.describe(config, data.load("digits"))
-    model: Any = nnx.eval_shape(lambda: classification.model_builder(meta)(nnx.Rngs(0)))
+    run = settings.make_run(config, data.load("digits"))
+    model: Any = nnx.eval_shape(lambda: run.build(nnx.Rngs(0)))
     block = model.stages[0][0]
     assert block.mixer.chunk == 3 and block.widen.out_features == 64 and block.mlp.widen.out_features == 96

@@ -1,15 +1,20 @@
-"""Train a generator of a few thousand parameters, and sample from it."""
+"""Trains a generator of a few thousand parameters, and samples from it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from absl import flags
+from PIL import Image
 
 from configs import classifier, generator
-from experiments import evaluate, generation, image_batches, sample, train
-from experiments.sample import Generator, Sampling
+from experiments import command_line, evaluate, sample, train
+from gspn_jax import load_run, sampling
+from gspn_jax.evaluation import image_archive
+from gspn_jax.sampling import ImageSampler, Sampling
 
 
 def tiny_config(**changes: Any) -> Any:
@@ -25,47 +30,68 @@ def tiny_config(**changes: Any) -> Any:
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("generator") / "run"
-    numbers = train.run(tiny_config(), str(folder)).evaluation
-    assert numbers["images"] == 360 and 0 < numbers["loss"] < 5
-    assert generation.lines_of(numbers)[0].startswith("parameters: loss ")
+    made, result = train.run(tiny_config(), str(folder))
+    assert result.evaluation["images"] == 360 and 0 < result.evaluation["loss"] < 5
+    assert made.summary(result.evaluation)[0].startswith("parameters: loss ")
     return str(folder)
 
 
-def test_an_image_depends_on_its_number_alone(workdir: str):
-    how = Sampling(num_steps=4, guidance=2.0, interval=(0, 500))
-    one = Generator(workdir, how, classes=[3, 7])
-    whole = sample.run(one, count=5, batch_size=5)
-    assert whole.shape == (5, 8, 8, 3) and whole.dtype == np.uint8 and one.class_names[3] == "3"
-    np.testing.assert_array_equal(one.labels(np.arange(5)), [3, 7, 3, 7, 3])
-    parts = sample.run(one, count=5, batch_size=2)
+@pytest.fixture(scope="module")
+def run(workdir: str) -> Any:
+    return load_run(workdir)
+
+
+def test_an_image_depends_on_its_number_only(run: Any):
+    options: dict[str, Any] = dict(num_steps=4, guidance=2.0, interval=(0, 500))
+    labels = [3, 7, 3, 7, 3]
+    whole = run.sample(labels, **options)
+    assert whole.shape == (5, 8, 8, 3) and whole.dtype == np.uint8 and run.class_names[3] == "3"
+    parts = run.sample(labels, batch_size=2, **options)
     assert np.abs(whole.astype(int) - parts).max() <= 1  # rounded
-    other = sample.run(Generator(workdir, Sampling(num_steps=4, seed=1)), count=5)
+    last = run.sample(labels[3:], first=3, **options)
+    assert np.abs(whole[3:].astype(int) - last).max() <= 1
+    other = run.sample(labels, seed=1, num_steps=4)
     assert np.abs(whole.astype(int) - other).max() > 10
 
 
-def test_maps_of_other_sizes(workdir: str):
-    images = sample.run(Generator(workdir, Sampling("ddim", 2), image_size=(4, 12)), count=2)
+def test_maps_of_other_sizes(run: Any):
+    images = run.sample([0, 1], sampler="ddim", num_steps=2, image_size=(4, 12))
     assert images.shape == (2, 4, 12, 3) and images.std() > 10
 
 
-def test_a_file_goes_on_where_it_was_interrupted(workdir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    how = Sampling("dpm_solver", 2)
-    whole = sample.run(Generator(workdir, how), count=7)
-    npz = str(tmp_path / "samples.npz")
-    draw = Generator.images
+def test_held_out_losses_are_evaluated_again(workdir: str):
+    results, lines = evaluate.run(workdir)
+    assert results["images"] == 360 and lines[1] == f"parameters: loss {results['loss']:.4f}"
 
-    def interrupted(self: Generator, samples: np.ndarray) -> np.ndarray:
+
+def test_pixels_are_prepared_for_the_network(run: Any):
+    image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    np.testing.assert_allclose(run.preprocess(image), image[None] / 127.5 - 1, atol=1e-6)
+
+
+def test_a_file_goes_on_where_it_was_interrupted(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labels, how = np.arange(7, dtype=np.int32), Sampling("dpm_solver", 2)
+    whole = run.sample(labels, sampler="dpm_solver", num_steps=2)
+    npz = str(tmp_path / "samples.npz")
+    draw = ImageSampler.images
+
+    def interrupted(self: ImageSampler, labels: np.ndarray, samples: np.ndarray, **options: Any) -> np.ndarray:
         if 4 in samples:
             raise KeyboardInterrupt
-        return draw(self, samples)
+        return draw(self, labels, samples, **options)
 
-    monkeypatch.setattr(Generator, "images", interrupted)
+    monkeypatch.setattr(ImageSampler, "images", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sample.run(Generator(workdir, how), count=7, batch_size=2, npz=npz)
-    assert not Path(npz).exists() and len(list((tmp_path / "samples.parts").glob("*.npz"))) == 2
+        sampling.draw_archive(run.sampler(how), labels, npz, batch_size=2)
+    assert not Path(npz).exists() and len(list((tmp_path / "samples.parts").glob("0*.npz"))) == 2
     drawn = []
-    monkeypatch.setattr(Generator, "images", lambda self, samples: drawn.append(samples[0]) or draw(self, samples))
-    shown = sample.run(Generator(workdir, how), count=7, batch_size=2, npz=npz)
+
+    def counted(self: ImageSampler, labels: np.ndarray, samples: np.ndarray, **options: Any) -> np.ndarray:
+        drawn.append(int(samples[0]))
+        return draw(self, labels, samples, **options)
+
+    monkeypatch.setattr(ImageSampler, "images", counted)
+    shown = sampling.draw_archive(run.sampler(how), labels, npz, batch_size=2).first(7)
     assert drawn == [4, 6] and not (tmp_path / "samples.parts").exists()
     with np.load(npz) as file:
         np.testing.assert_array_equal(file["arr_0"], shown)
@@ -73,49 +99,65 @@ def test_a_file_goes_on_where_it_was_interrupted(workdir: str, tmp_path: Path, m
     assert np.abs(shown.astype(int) - whole).max() <= 1
     settings = json.loads((tmp_path / "samples.json").read_text())
     assert settings["sampler"] == "dpm_solver" and settings["count"] == 7 and settings["autoencoder"] is None
-    np.testing.assert_array_equal(sample.run(Generator(workdir, how), count=7, batch_size=2, npz=npz), shown)
+    again = sampling.draw_archive(run.sampler(how), labels, npz, batch_size=2).first(7)
+    np.testing.assert_array_equal(again, shown)
     assert drawn == [4, 6]  # it is complete
-    with pytest.raises(ValueError, match=r"npz: .* holds images of other settings.*: seed \(there 0\)"):
-        sample.run(Generator(workdir, Sampling("dpm_solver", 2, seed=1)), count=7, batch_size=2, npz=npz)
+    with pytest.raises(ValueError, match=r"holds images of other settings.*seed"):
+        sampling.draw_archive(run.sampler(Sampling("dpm_solver", 2, seed=1)), labels, npz, batch_size=2)
 
 
 def test_images_of_a_file_come_in_blocks(tmp_path: Path):
     images = np.random.default_rng(0).integers(0, 256, (5, 2, 3, 3), np.uint8)
     np.savez(tmp_path / "a.npz", images)
-    blocks = list(image_batches.image_blocks(str(tmp_path / "a.npz"), 2))
-    assert [len(block) for block in blocks] == [2, 2, 1] and image_batches.image_count(str(tmp_path / "a.npz")) == 5
+    blocks = list(image_archive.image_blocks(str(tmp_path / "a.npz"), 2))
+    assert [len(block) for block in blocks] == [2, 2, 1] and image_archive.image_count(str(tmp_path / "a.npz")) == 5
     np.testing.assert_array_equal(np.concatenate(blocks), images)
     np.savez(tmp_path / "b.npz", images.astype(np.float32))
     for name in ("b.npz", "c.npz"):
         with pytest.raises(ValueError, match=r"images: expected an .npz file with arr_0 uint8 \(N, H, W, 3\), got"):
-            list(image_batches.image_blocks(str(tmp_path / name)))
+            list(image_archive.image_blocks(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("options,words", [
-    (dict(classes=[10]), r"classes: expected labels in 0\.\.9, got \(10,\)"),
-    (dict(sampling=Sampling("heun")), "sampler: expected one of ddpm, ddim, euler, dpm_solver; got 'heun'"),
-    (dict(sampling=Sampling(num_steps=-1)), "steps: expected 2 to 1000, or 0 for the sampler's own, got -1"),
-    (dict(sampling=Sampling("ddim", 1001)), "steps: expected 1 to 1000, or 0 for the sampler's own, got 1001"),
-    (dict(sampling=Sampling(guidance=float("nan"))), "guidance: expected a finite number, got nan"),
-    (dict(sampling=Sampling(interval=(5, 1))), r"interval: expected a smaller and a larger time, got \(5, 1\)"),
-    (dict(sampling=Sampling(guided_channels=0)), "guided_channels: expected at least 1, got 0"),
-    (dict(sampling=Sampling(seed=-1)), r"seed: expected 0 to 2\*\*31 - 1, got -1"),
+    (dict(labels=[10]), r"labels: expected labels in 0\.\.9, got 10"),
+    (dict(labels=[-1]), r"labels: expected labels in 0\.\.9, got -1"),
+    (dict(labels=[0.5]), r"labels: expected integers \(1,\), got float64"),
+    (dict(sampler="heun"), "sampler: expected one of ddpm, ddim, euler, dpm_solver; got 'heun'"),
+    (dict(num_steps=-1), "num_steps: expected 2 to 1000, or 0 for the sampler's own, got -1"),
+    (dict(sampler="ddim", num_steps=1001), "num_steps: expected 1 to 1000, or 0 for the sampler's own, got 1001"),
+    (dict(guidance=float("nan")), "guidance: expected a finite number, got nan"),
+    (dict(interval=(5, 1)), r"interval: expected a smaller and a larger time, got \(5, 1\)"),
+    (dict(guided_channels=0), "guided_channels: expected at least 1 to 3, got 0"),
+    (dict(guided_channels=99), "guided_channels: expected at least 1 to 3, got 99"),
+    (dict(autoencoder="vae.safetensors"), "autoencoder: expected none, since this network draws pixels"),
+    (dict(seed=-1), r"seed: expected 0 to 2\*\*31 - 1, got -1"),
     (dict(image_size=(0, 8)), "image_size: expected multiples of 1, got 0, 8"),
     (dict(image_size=(8, 6)), "image_size: 8, 6: latents: expected shape .* divisible by patch = 4"),
 ])  # fmt: skip
-def test_bad_arguments(workdir: str, options: dict[str, Any], words: str):
+def test_bad_arguments(run: Any, options: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
-        Generator(workdir, **options)
+        run.sample(**{"labels": [0], **options})
 
 
-def test_bad_counts_and_names(workdir: str):
-    one = Generator(workdir, Sampling(num_steps=2))
-    with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
-        sample.run(one, count=0)
-    with pytest.raises(ValueError, match="count: expected at most 100 without --npz, got 101"):
-        sample.run(one, count=101)
-    with pytest.raises(ValueError, match="npz: expected a name that ends in .npz, got samples"):
-        sample.run(one, npz="samples")
+def test_a_picture_that_cannot_be_written_shows_before_anything_is_drawn(tmp_path: Path):
+    sample.check_output(str(tmp_path / "X.PNG"))
+    for path in (tmp_path / "none" / "x.png", tmp_path / "x.txt"):
+        with pytest.raises(ValueError, match="output: expected"):
+            sample.check_output(str(path))
+
+
+def test_the_command_draws_a_grid(workdir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    output = tmp_path / "grid.png"
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    monkeypatch.setattr(command_line, "FLAGS", values)
+    define = {name: getattr(flags, name) for name in dir(flags) if name.startswith("DEFINE_")}
+    for name, function in define.items():
+        monkeypatch.setattr(flags, name, lambda *a, _f=function, **k: _f(*a, **{**k, "flag_values": values}))
+    sample.define_flags()
+    values([sys.argv[0], f"--workdir={workdir}", f"--output={output}", "--count=3", "--num_steps=2", "--classes=1,4"])
+    sample.main()
+    assert Image.open(output).size[0] > 90 and capsys.readouterr().out == f"{output}: 3 images\n"
 
 
 def test_unknown_objective(tmp_path: Path):
@@ -134,17 +176,21 @@ def test_a_classifier_does_not_start_from_a_generator(workdir: str, tmp_path: Pa
     config = classifier.get_config("digits")
     config.model.update({"widths": (8,), "depths": (1,), "global_stages": (0,), "mixer": "attention"})
     config.update({"init_from": workdir, "steps": 1, "batch_size": 96})
-    with pytest.raises(ValueError, match="init_from: expected a run of the same task, classification or generation"):
+    with pytest.raises(ValueError, match="init_from: expected a run of classification, got one of generation"):
         train.run(config, str(tmp_path / "run"))
 
 
 def test_a_network_that_is_not_known(tmp_path: Path):
     config = tiny_config()
-    config.model.name = "unet"
-    with pytest.raises(ValueError, match=r"model\.name: expected one of gspn_s2, .*, dit_xl2; got 'unet'"):
-        train.run(config, str(tmp_path / "run"))
+    for name, words in (("unet", r"model\.name: expected one of gspn_t, .*; got 'unet'"),
+                        ("gspn_t", "model.name: expected a generator or a dit, as generation needs, got 'gspn_t'")):  # fmt: skip
+        config.model.name = name
+        with pytest.raises(ValueError, match=words):
+            train.run(config, str(tmp_path / "run"))
 
 
 def test_a_generator_is_no_classifier(workdir: str):
     with pytest.raises(ValueError, match="workdir: expected a run of classification, got one of generation"):
-        evaluate.run(workdir)
+        load_run(workdir, task="classification")
+    with pytest.raises(ValueError, match="parameters: expected ema or raw, got 'average'"):
+        load_run(workdir, parameters="average")

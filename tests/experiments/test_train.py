@@ -1,6 +1,7 @@
 """Train, evaluate, predict and fine-tune, with a network of a few thousand parameters."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,18 @@ import pytest
 from PIL import Image
 
 from configs import classifier
-from experiments import evaluate, predict, train
-from gspn_jax import data
+from experiments import evaluate, train
+from gspn_jax import data, load_run
 from gspn_jax.training import CheckpointError, load_parameters
 from gspn_jax.training.metrics import read_rows
 
+ATTENTION = {"widths": (8,), "depths": (1,), "global_stages": (0,), "mixer": "attention"}
 TINY = {"widths": (8,), "depths": (1,), "global_stages": (0,), "proxy_rank": 2}
 
 
 def tiny_config(**changes: Any) -> Any:
     config = classifier.get_config("digits")
-    config.model.update(TINY | {"mixer": "attention"})  # compiles in a third of the time
+    config.model.update(ATTENTION)  # compiles in a third of the time
     config.update({"batch_size": 96, "steps": 4, "mesh": {"model": 8}, "intervals": {"log_steps": 1}})
     config.update(changes)
     return config
@@ -31,17 +33,17 @@ def tiny_config(**changes: Any) -> Any:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     workdir = tmp_path_factory.mktemp("digits") / "run"
-    return workdir, train.run(tiny_config(), str(workdir)).evaluation
+    return workdir, train.run(tiny_config(), str(workdir))[1].evaluation
 
 
 def test_what_training_reports_evaluation_finds_again(trained: tuple[Path, dict[str, float]]):
     workdir, numbers = trained
-    results = evaluate.run(str(workdir))
+    results, lines = evaluate.run(str(workdir))
+    assert lines[-1] == f"top-1: {numbers['ema_top1']:.2f}%"
     assert results["step"] == 4 and results["images"] == 360
     for name in ("top1", "top5", "ema_top1", "ema_top5"):
         assert results[name] == numbers[name], name
     assert results["loss"] == pytest.approx(numbers["loss"], rel=1e-5)
-    assert json.loads((workdir / evaluate.RESULTS).read_text()) == json.loads(json.dumps(results))
     assert json.loads((workdir / "config.json").read_text())["class_names"] == [str(digit) for digit in range(10)]
     assert [row["step"] for row in read_rows(workdir) if row["kind"] == "train"] == [1, 2, 3, 4]
 
@@ -74,20 +76,64 @@ def test_an_interrupted_run_sees_the_batches_of_a_whole_one(tmp_path: Path, monk
 
 
 def test_prediction_agrees_with_evaluation(trained: tuple[Path, dict[str, float]], tmp_path: Path):
-    files = [str(tmp_path / name) for name in ("grey.png", "large.jpg")]
-    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(files[0])
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)).save(files[1])
-    answers = predict.run(str(trained[0]), files, top=10)
-    assert len(answers) == 2
+    run, digits = load_run(trained[0]), data.load("digits").test
+    images = np.stack([digits[index][0] for index in range(40)])
+    labels = [digits[index][1] for index in range(40)]
+    answers = run.predict(images, top=10)
+    logits = np.asarray(run.model(run.preprocess(images)))
+    assert [int(classes[0][0]) for classes in answers] == logits.argmax(-1).tolist()
     for classes in answers:
         assert {name for name, _ in classes} == {str(digit) for digit in range(10)}
         shares = [share for _, share in classes]
         assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1, abs=1e-5)
+    right = run.evaluate(_First(digits, 40), batch_size=40)
+    assert right["top1"] == pytest.approx(100 * np.mean(logits.argmax(-1) == labels))
+    Image.fromarray(images[0]).save(tmp_path / "image.png")
+    assert run.predict(tmp_path / "image.png", top=1) == [answers[0][:1]]
+
+
+class _First:
+    """The first images of a source."""
+
+    def __init__(self, source: data.Source, count: int):
+        self.source, self.count = source, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, int]:
+        return self.source[index]  # pyright: ignore[reportReturnType]
+
+    def describe(self, index: int, /) -> str:
+        return self.source.describe(index)
+
+
+def test_pictures_of_any_kind_are_prepared_alike(trained: tuple[Path, dict[str, float]], tmp_path: Path):
+    run = load_run(trained[0])
+    upright = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    picture = Image.fromarray(np.rot90(upright).copy())  # what a camera turned to the right records
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(
+        run.pictures([tmp_path / "turned.png", upright, Image.fromarray(upright)]), [upright] * 3
+    )
+    grey = np.full((20, 9), 90, np.uint8)
+    np.testing.assert_array_equal(run.pictures(grey), np.full((1, 8, 8, 3), 90))
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match="text.png"):
-        predict.run(str(trained[0]), [str(tmp_path / "text.png")])
-    with pytest.raises(ValueError, match="at least one image"):
-        predict.run(str(trained[0]), [])
+    os.mkfifo(tmp_path / "pipe.png")
+    for image, words in (
+        (tmp_path / "text.png", "text.png: not a readable image"),
+        (tmp_path / "pipe.png", "pipe.png: expected a regular file"),
+        (tmp_path / "none.png", "none.png: cannot be read"),
+        (np.zeros((8, 8, 3)), r"image 0: expected uint8 \(H, W, 3\) or \(H, W\), got float64"),
+        (np.zeros((0, 8, 3), np.uint8), r"image 0: expected uint8 .* got uint8 \(0, 8, 3\)"),
+        ([], "at least one image"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run.predict(image)
+    with pytest.raises(ValueError, match="top: expected an integer >= 1, got 0"):
+        run.predict(grey, top=0)
 
 
 def test_evaluation_on_other_classes_is_refused(trained: tuple[Path, dict[str, float]], tmp_path: Path):
@@ -156,9 +202,7 @@ def test_mistakes_are_one_line_and_exit_code_1(arguments: tuple[str, ...], words
 
 def test_a_disk_that_fills_up_is_one_line_too(tmp_path: Path):
     """Files may not grow beyond 20 kB: the checkpoint cannot be written, all smaller files can."""
-    small = [
-        f"--config.model.{name}={value}" for name, value in (TINY | {"widths": (48,), "mixer": "attention"}).items()
-    ]
+    small = [f"--config.model.{name}={value}" for name, value in (ATTENTION | {"widths": (48,)}).items()]
     process = run_command("train", f"--workdir={tmp_path / 'run'}", PRESET, "--config.steps=2", *small, largest_file=40)
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gspn_jax.models import DITS, build_dit, parameter_count
+from gspn_jax.models import PRESETS, create_model, parameter_count
 from gspn_jax.models.dit import positions
 
 TINY: dict[str, Any] = dict(width=16, depth=2, num_heads=2)
@@ -14,9 +14,8 @@ TINY: dict[str, Any] = dict(width=16, depth=2, num_heads=2)
 
 def tiny(**options: Any):
     """None of its parameters is zero."""
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: build_dit("dit_s2", num_classes=5, rngs=nnx.Rngs(0), **{**TINY, **options}))
-    )
+    options = {key: value for key, value in {**TINY, **options}.items() if value is not None}
+    graph, state = nnx.split(nnx.eval_shape(lambda: create_model("dit_s2", num_classes=5, rngs=nnx.Rngs(0), **options)))
     rng = np.random.default_rng(0)
     return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), state))
 
@@ -28,15 +27,15 @@ def inputs(height, width):
 
 @pytest.mark.parametrize("name,millions", [("dit_s2", 33), ("dit_b2", 130), ("dit_l2", 458), ("dit_xl2", 675)])
 def test_parameters_of_the_paper(name, millions):
-    model = nnx.eval_shape(lambda: build_dit(name, num_classes=1000, rngs=nnx.Rngs(0)))
-    fixed = 256 * DITS[name]["width"]  # positions, which the paper counts
+    model = nnx.eval_shape(lambda: create_model(name, num_classes=1000, rngs=nnx.Rngs(0)))
+    fixed = 256 * PRESETS[name].options["width"]  # positions, which the paper counts
     assert abs((parameter_count(model) + fixed) / 1e6 - millions) < 0.6
     if name == "dit_xl2":
         assert parameter_count(model) + fixed == 675_129_632
 
 
 @pytest.mark.parametrize(
-    "options,size", [({}, (4, 6)), (dict(mixer="gspn", proxy_rank=2), (6, 4)), (dict(patch=4), (8, 4))]
+    "options,size", [({}, (4, 6)), (dict(mixer="gspn", proxy_rank=2, num_heads=None), (6, 4)), (dict(patch=4), (8, 4))]
 )
 def test_any_size_depends_on_every_corner(options, size):
     model, (latents, timestep, label) = tiny(**options), inputs(*size)
@@ -56,7 +55,7 @@ def test_remat_and_fresh_networks():
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
         assert np.any(np.asarray(a) != 0)
-    fresh = build_dit("dit_s2", num_classes=5, rngs=nnx.Rngs(0), **TINY)
+    fresh = create_model("dit_s2", num_classes=5, rngs=nnx.Rngs(0), **TINY)
     assert np.all(np.asarray(fresh(latents, timestep, label)) == 0)
 
 
@@ -68,7 +67,7 @@ def test_positions_by_hand():
 
 
 @pytest.mark.parametrize("options,words", [
-    (dict(width=18), "width: expected a multiple of 4"), (dict(depth=0), "depth: expected at least 1, got 0"),
+    (dict(width=18), "width: expected a multiple of 4"), (dict(depth=0), "depth: expected an integer of at least 1, got 0"),
     (dict(num_heads=3), "num_heads: expected a divisor of features = 16, got 3"),
     (dict(rank=3), "rank: expected an option"),
 ])  # fmt: skip

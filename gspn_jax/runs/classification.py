@@ -1,0 +1,95 @@
+"""Runs of image classifiers."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gspn_jax.runs.description import sizes_of
+from gspn_jax.runs.run import Picture, Run
+from gspn_jax.training.mixing import MixingOptions
+from gspn_jax.training.sharding import pad_rows
+from gspn_jax.training.tasks.classification import Classification
+
+# What the parameters' shapes do not show, with the values of a model that does not say.
+_DEFAULTS = {
+    "mixer": "gspn",
+    "alignment": "aligned",
+    "chunk": 2,
+    "global_stages": (),
+    "stem_stride": 4,
+    "activation": "none",
+}
+_BATCH = 32  # images that are classified at a time
+
+
+class ClassifierRun(Run):
+    """A classifier: `run.model(run.preprocess(images))` gives logits, `run.predict(images)` names."""
+
+    task_name = "classification"
+    networks = ("classifier",)
+
+    def make_task(self, *, mixing: MixingOptions | None = None) -> Classification:
+        """Returns the task. mixing: mixup, cutmix and label smoothing of training batches."""
+        described = self.description["data"]
+        mean, std = described.get("mean", ()), described.get("std", ())
+        return Classification(self.build, num_classes=self.num_classes, mean=mean, std=std, mixing=mixing)
+
+    @functools.cached_property
+    def task(self) -> Classification:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.make_task()
+
+    def model_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        size = self.description["data"]["image_size"]
+        return (jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32),)
+
+    def preprocess(self, images: Picture | Sequence[Picture]) -> jax.Array:
+        """Returns normalised images (B, S, S, 3) float32, as the model takes them; see `Run.pictures`."""
+        return self.task.normalised(jnp.asarray(self.pictures(images)))
+
+    def predict(self, images: Picture | Sequence[Picture], top: int = 5) -> list[list[tuple[str, float]]]:
+        """Returns, for each image, its `top` classes as (name, probability), most probable first.
+
+        Raises:
+            ValueError: `top` below 1, no image, or one that is not an image.
+        """
+        if top < 1:
+            raise ValueError(f"top: expected an integer >= 1, got {top}")
+        count, pictures = min(top, self.num_classes), self.pictures(images)
+        answers = []
+        for start in range(0, len(pictures), _BATCH):
+            part = pictures[start : start + _BATCH]
+            logits = self._logits(pad_rows(part, min(_BATCH, len(pictures))))[: len(part)]
+            shares, classes = jax.device_get(jax.lax.top_k(jax.nn.softmax(logits), count))
+            for row_shares, row_classes in zip(shares, classes, strict=True):
+                names = [self.class_names[label] for label in row_classes]
+                answers.append([(name, float(share)) for name, share in zip(names, row_shares, strict=True)])
+        return answers
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Returns (B, F) float32, the input of the head, of uint8 images (B, H, W, 3) as they are (not resized)."""
+        return np.asarray(self._features(images))
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        return jax.jit(functools.partial(self.task.logits, jax.tree.map(jnp.asarray, self.params)))
+
+    @functools.cached_property
+    def _features(self) -> Any:
+        return jax.jit(functools.partial(self.task.features, jax.tree.map(jnp.asarray, self.params)))
+
+    def computation(self) -> dict[str, Any]:
+        options = {**_DEFAULTS, **sizes_of(self.description)}
+        described = {f"model.{key}": options[key] for key in _DEFAULTS}
+        return described | {f"data.{key}": self.description["data"].get(key) for key in ("mean", "std")}
+
+    @classmethod
+    def summary(cls, numbers: Mapping[str, float]) -> list[str]:
+        """Returns both accuracies, that of the moving average where there is one, and the one that counts."""
+        lines = [f"parameters: top-1 {numbers['top1']:.2f}%, top-5 {numbers['top5']:.2f}%"]
+        if "ema_top1" in numbers:
+            lines.append(f"moving average: top-1 {numbers['ema_top1']:.2f}%, top-5 {numbers['ema_top5']:.2f}%")
+        return [*lines, f"top-1: {numbers.get('ema_top1', numbers['top1']):.2f}%"]
