@@ -182,8 +182,11 @@ def test_a_classifier_does_not_start_from_a_generator(workdir: str, tmp_path: Pa
 
 def test_a_network_that_is_not_known(tmp_path: Path):
     config = tiny_config()
-    for name, words in (("unet", r"model\.name: expected one of gspn_t, .*; got 'unet'"),
-                        ("gspn_t", "model.name: expected a generator or a dit, as generation needs, got 'gspn_t'")):  # fmt: skip
+    mistakes = {
+        "unet": r"model\.name: expected one of gspn_t, .*; got 'unet'",
+        "gspn_t": "model.name: expected a generator or a dit, as generation needs, got 'gspn_t', a classifier",
+    }
+    for name, words in mistakes.items():
         config.model.name = name
         with pytest.raises(ValueError, match=words):
             train.run(config, str(tmp_path / "run"))

@@ -115,9 +115,8 @@ def test_pictures_of_any_kind_are_prepared_alike(trained: tuple[Path, dict[str, 
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(
-        run.pictures([tmp_path / "turned.png", upright, Image.fromarray(upright)]), [upright] * 3
-    )
+    prepared = run.pictures([tmp_path / "turned.png", upright, Image.fromarray(upright)])
+    np.testing.assert_array_equal(prepared, [upright] * 3)
     grey = np.full((20, 9), 90, np.uint8)
     np.testing.assert_array_equal(run.pictures(grey), np.full((1, 8, 8, 3), 90))
     (tmp_path / "text.png").write_text("no image")

@@ -41,9 +41,8 @@ def test_parameter_counts_of_the_paper(name, count):
 
 
 def test_nano_has_less_than_a_million_parameters():
-    assert (
-        parameter_count(nnx.eval_shape(lambda: create_model("gspn_nano", num_classes=10, rngs=nnx.Rngs(0)))) < 1_000_000
-    )
+    model = nnx.eval_shape(lambda: create_model("gspn_nano", num_classes=10, rngs=nnx.Rngs(0)))
+    assert parameter_count(model) < 1_000_000
 
 
 @pytest.mark.parametrize("name,stages", [
@@ -62,8 +61,8 @@ def test_odd_sizes_and_stage_maps(name):
     image = jax.ShapeDtypeStruct((2, 200, 176, 3), jnp.float32)
     maps = nnx.eval_shape(lambda m, x: m.stage_maps(x), model, image)
     want, height, width = [], 200, 176
-    for stage, channels in enumerate(MODELS[name]["widths"]):
-        for _ in range({4: 2, 2: 1}[MODELS[name].get("stem_stride", 4)] if stage == 0 else 1):
+    for stage, channels in enumerate(models.PRESETS[name].options["widths"]):
+        for _ in range({4: 2, 2: 1}[models.PRESETS[name].options["stem_stride"]] if stage == 0 else 1):
             height, width = -(-height // 2), -(-width // 2)
         want.append((2, height, width, channels))
     assert [m.shape for m in maps] == want

@@ -67,7 +67,8 @@ def test_positions_by_hand():
 
 
 @pytest.mark.parametrize("options,words", [
-    (dict(width=18), "width: expected a multiple of 4"), (dict(depth=0), "depth: expected an integer of at least 1, got 0"),
+    (dict(width=18), "width: expected a multiple of 4"),
+    (dict(depth=0), "depth: expected an integer of at least 1, got 0"),
     (dict(num_heads=3), "num_heads: expected a divisor of features = 16, got 3"),
     (dict(rank=3), "rank: expected an option"),
 ])  # fmt: skip
