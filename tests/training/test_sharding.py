@@ -6,7 +6,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gspn_jax.training.metrics import read_rows
-from gspn_jax.training.sharding import MeshOptions, check_batch_size, leaf_spec, make_mesh, place_batch
+from gspn_jax.training.sharding import (
+    MeshOptions,
+    check_batch_size,
+    leaf_spec,
+    make_mesh,
+    pad_rows,
+    place_batch,
+    replicate,
+)
 from tests.training.toy import toy_train
 
 
@@ -44,6 +52,29 @@ def test_place_batch_cuts_rows():
     placed = place_batch({"rows": rows}, mesh)["rows"]
     np.testing.assert_array_equal(placed, rows)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
+
+
+def test_replicate_puts_the_whole_tree_on_every_device():
+    tree = {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "scale": np.float32(2)}
+    placed = replicate(tree, make_mesh(MeshOptions(model=2)))
+    assert set(placed) == set(tree)
+    for name, array in placed.items():
+        assert len(array.addressable_shards) == 8 and array.dtype == np.float32
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, tree[name])
+
+
+def test_pad_rows_repeats_the_last_row():
+    arrays = {"image": np.arange(12, dtype=np.uint8).reshape(3, 2, 2), "label": np.array([5, 6, 7], np.int32)}
+    padded = pad_rows(arrays, 5)
+    np.testing.assert_array_equal(padded["label"], [5, 6, 7, 7, 7])
+    np.testing.assert_array_equal(padded["image"][:3], arrays["image"])
+    np.testing.assert_array_equal(padded["image"][3:], [arrays["image"][2]] * 2)
+    assert padded["image"].dtype == np.uint8 and padded["label"].dtype == np.int32
+    assert pad_rows(arrays["label"], 3) is arrays["label"]
+    for count in (0, 4):
+        with pytest.raises(ValueError, match=f"arrays: expected 1 to 3 rows, got {count}"):
+            pad_rows(np.zeros((count, 2)), 3)
 
 
 MESHES = {
