@@ -76,6 +76,7 @@ def test_nan_before_any_checkpoint(tmp_path: Path):
         toy_train(str(tmp_path), num_steps=12, batches={"nan_at": 0})
 
 
+@pytest.mark.full
 def test_profile_trace_is_written(tmp_path: Path):
     toy_train(str(tmp_path), num_steps=5, checkpoint_steps=0, profile_steps=(2, 4))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -113,7 +113,7 @@ def test_moving_average_numbers(warmup: bool, decays: tuple[float, ...]):
 def test_bad_options_are_named(name: str, values: tuple[float, ...]):
     for value in values:
         with pytest.raises(ValueError, match=f"^{name}: expected a.* got {value}$"):
-            OptimizerOptions(**{name: value})
+            OptimizerOptions(**{name: value})  # pyright: ignore[reportArgumentType]
 
 
 def test_warmup_that_leaves_no_step_is_refused():
