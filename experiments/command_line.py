@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ _OUT_OF_MEMORY = (
     "out of memory: try a smaller batch size; in training also --config.accumulate=2 (parts of a batch one by one) "
     "or --config.model.remat=True"
 )
+_LOST_WORDS = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Gloo|NCCL")
 _LOST = "lost another process of this run{}: see its own messages, then start all processes again"
 
 
@@ -185,18 +186,34 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    causes = list(_chain(error))
+    if any(isinstance(cause, MemoryError) or "RESOURCE_EXHAUSTED" in str(cause) for cause in causes):
         return f"{_OUT_OF_MEMORY} ({text or 'no memory left on the host'})"
-    if isinstance(error, jax.errors.JaxRuntimeError) and re.search("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Gloo", text):
-        named = sorted(set(re.findall(r"task[:/ ]+(\d+)", text)))
-        return f"{_LOST.format(' (number ' + ', '.join(named) + ')' if named else '')} ({text})"
+    if is_lost_process(error):
+        named = sorted({number for cause in causes for number in re.findall(r"task[:/ ]+(\d+)", str(cause))})
+        return f"{_LOST.format(f' (number {", ".join(named)})' if named else '')} ({text})"
     return text or type(error).__name__
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Returns whether another process of the run has ended or no longer answers."""
+    return jax.distributed.is_initialized() and any(
+        isinstance(cause, jax.errors.JaxRuntimeError) and _LOST_WORDS.search(str(cause)) for cause in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and its causes."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def fail(error: BaseException) -> NoReturn:
     """Prints an error as one line and exits with code 1."""
     print("error: " + one_line(error), file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if jax.distributed.is_initialized():  # the other processes want to hear that this one leaves
+    # The other processes are told that this one leaves. With one of them lost, JAX would wait for it, then abort.
+    if jax.distributed.is_initialized() and not is_lost_process(error):
         sys.exit(1)
     os._exit(1)  # without the complaints of libraries that now cannot flush their files

@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gspn_jax.training.checkpoints import CheckpointError, Checkpoints, load_parameters, save_parameters
+from gspn_jax.training.checkpoints import CheckpointError, Checkpoints, load_parameters
 from gspn_jax.training.checkpoints.fingerprint import fingerprints
 from gspn_jax.training.checkpoints.record import changed_keys
 from gspn_jax.training.optimizer import OptimizerOptions, make_optimizer
@@ -123,6 +123,7 @@ def test_restore_on_another_mesh(saved: tuple[Path, dict[int, str]], mesh: MeshO
     assert jax.tree.all(jax.tree.map(lambda leaf, want: leaf.sharding == want.sharding, state, abstract))
 
 
+@pytest.mark.full
 def test_restore_on_one_device(tmp_path: Path):
     """Written on 8 devices, continued on 1, by runs in processes of their own."""
     arguments = {"workdir": str(tmp_path / "run"), "num_steps": 12, "checkpoint_steps": 3}
@@ -182,8 +183,8 @@ def test_readers_agree_on_the_checkpoint_whichever_item_is_damaged(
     shutil.copytree(saved[0], workdir)
     for path in large_files(workdir / "checkpoints" / "2" / item):
         damage(path, "truncated", random.Random(0))
-    _, meta = load_parameters(workdir, ema=ema)
-    assert meta["step"] == 1 and meta["ema"] == ema
+    _, description = load_parameters(workdir, ema=ema)
+    assert description["step"] == 1 and description["ema"] == ema
     with pytest.raises(CheckpointError, match="step 2"):
         load_parameters(workdir, 2, ema=ema)
 
@@ -254,24 +255,6 @@ def test_only_newest_are_kept_and_states_that_are_not_finite_are_refused(tmp_pat
     ):
         checkpoints.save(bad, {}, {"batches": {}})
     assert checkpoints.steps() == [3, 4]
-
-
-def test_parameters_alone(saved: tuple[Path, dict[int, str]], tmp_path: Path):
-    params = shapes_tree(lambda shape: np.full(shape, 2.0, np.float32))
-    save_parameters(tmp_path / "converted", params, {"model": {"name": "x"}})
-    loaded, meta = load_parameters(tmp_path / "converted")
-    assert digest(loaded) == digest(params) and meta == {"model": {"name": "x"}, "step": 0, "ema": False}
-    assert (tmp_path / "converted" / "config.json").read_text().startswith("{")
-    with pytest.raises(CheckpointError, match="holds checkpoints already"):
-        save_parameters(tmp_path / "converted", params, {})
-    raw, raw_meta = load_parameters(saved[0], 1, ema=False)
-    average, average_meta = load_parameters(saved[0], 1)
-    assert (raw_meta["ema"], average_meta["ema"], raw_meta["step"]) == (False, True, 1)
-    np.testing.assert_allclose(raw["head"]["kernel"], 1.5 * average["head"]["kernel"], rtol=1e-6)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 9 .* expected one of \[1, 2\]"):
-        load_parameters(saved[0], 9)
-    with pytest.raises(CheckpointError, match="no checkpoints under"):
-        load_parameters(tmp_path / "nothing")
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path):

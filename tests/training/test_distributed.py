@@ -1,5 +1,6 @@
 """Several processes."""
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gspn_jax.folder_lock import hold
 from gspn_jax.training.distributed import _launched_with_others, initialise
 from gspn_jax.training.metrics import read_rows
 from tests.training.toy import Started
@@ -47,6 +49,7 @@ def test_two_processes_give_the_loss_curve_of_one_also_when_stopped_between(tmp_
     assert top1[0] == top1[1] and images == 40
 
 
+@pytest.mark.full
 def test_two_processes_train_the_generator_of_one(tmp_path: Path):
     one = Started({"workdir": str(tmp_path / "one"), "num_steps": 6, "generates": True}, tmp_path)
     first, second = [process.wait() for process in start_pair(tmp_path, num_steps=6, generates=True, loads=True)]
@@ -56,6 +59,14 @@ def test_two_processes_train_the_generator_of_one(tmp_path: Path):
     curves = [[row["loss"] for row in read_rows(tmp_path / name) if row["kind"] == "train"] for name in ("one", "run")]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
     assert len(curves[0]) == 6
+
+
+@pytest.mark.full
+def test_both_processes_fail_if_another_run_holds_the_workdir(tmp_path: Path):
+    with hold(tmp_path / "run", "training"):
+        first, second = [process.wait() for process in start_pair(tmp_path)]
+    assert first.code == second.code == 1
+    assert f"in use for training by process {os.getpid()}" in first.err and "process 0 could not lock" in second.err
 
 
 def test_launchers_are_recognised():

@@ -76,6 +76,7 @@ def test_nan_before_any_checkpoint(tmp_path: Path):
         toy_train(str(tmp_path), num_steps=12, batches={"nan_at": 0})
 
 
+@pytest.mark.full
 def test_profile_trace_is_written(tmp_path: Path):
     toy_train(str(tmp_path), num_steps=5, checkpoint_steps=0, profile_steps=(2, 4))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -85,6 +86,8 @@ def test_profile_trace_is_written(tmp_path: Path):
     ("change", "words"),
     [
         ({"num_steps": 0}, "num_steps: expected an integer >= 1, got 0"),
+        ({"num_steps": 2.5}, "num_steps: expected an integer >= 1, got 2.5"),
+        ({"workdir": ""}, "workdir: expected the name of a folder, got ''"),
         ({"log_steps": -1}, "log_steps: expected an integer >= 0, got -1"),
         ({"keep": 0}, "keep"),
         ({"profile_steps": (5, 5)}, "profile_steps: expected first < end"),
@@ -110,10 +113,10 @@ def test_implicit_transfers_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_start_from_other_parameters_with_another_head(tmp_path: Path):
     toy_train(str(tmp_path / "first"), num_steps=2)
-    source, meta = load_parameters(tmp_path / "first")
+    source, description = load_parameters(tmp_path / "first")
     target = jax.eval_shape(toy_task(num_classes=9).init, jax.random.key(0))
     transfer = fit(source, target)
-    assert meta["ema"] and set(transfer.loaded) == {"layers/0/kernel", "layers/0/bias"}
+    assert description["ema"] and set(transfer.loaded) == {"layers/0/kernel", "layers/0/bias"}
     report = "\n".join(transfer.report())
     assert "starts fresh: head/kernel (32, 9) (the source has (32, 6))" in report and "loaded 2 arrays" in report
     assert fit({**source, "old": np.zeros(3)}, target).unused == ("old (3,)",)
@@ -169,6 +172,34 @@ def test_means_and_clock_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     writer.write("train", 2, {"loss": float("nan")})
     writer.close()
     assert read_rows(tmp_path)[-1] == {"kind": "train", "step": 2, "loss": None}
+
+
+def test_a_damaged_metrics_file_is_set_aside_and_its_good_lines_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    good = [{"kind": "train", "step": step, "loss": 1.0 / step} for step in (1, 2, 3, 4)]
+    lines = [json.dumps(row).encode() for row in good]
+    damaged = [b"\xff\x00\xfe", b"[1]", b'{"kind": "train"}', b'{"kind": "train", "step": "2"}', b"{"]
+    file, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.damaged"
+    for number, line in enumerate(damaged):
+        content = b"\n".join([lines[0], lines[1], line, lines[2], lines[3]])
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="metrics.jsonl: line 3 is not a row of JSON"):
+            read_rows(tmp_path)
+        with caplog.at_level("WARNING"):
+            Metrics(tmp_path, step=3).close()
+        assert read_rows(tmp_path) == good[:3]
+        name = f"{aside.name}.{number}" if number else aside.name
+        assert (tmp_path / name).read_bytes() == content
+        assert f"{file} is damaged (line 3" in caplog.messages[-1] and name in caplog.messages[-1]
+
+
+def test_numbers_that_json_cannot_hold_survive_a_checkpoint():
+    means = Means()
+    means.add({"loss": 1.0, "accuracy": float("nan")}, {})
+    other = Means()
+    other.restore(json.loads(json.dumps(means.state(), allow_nan=False)))
+    assert other.take() == pytest.approx({"loss": 1.0, "accuracy": float("nan")}, nan_ok=True)
 
 
 def test_options_are_plain_values():

@@ -90,7 +90,17 @@ def test_switch_and_probability_are_the_shares_of_batches():
     assert 35 <= kinds["none"] <= 80 and 50 <= kinds["cutmix"] <= 100 and 50 <= kinds["mixup"] <= 100, kinds
 
 
-@pytest.mark.parametrize("change", [{"mixup": -0.1}, {"cutmix": -1}, {"probability": 1.5}, {"label_smoothing": -0.1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mixup": -0.1},
+        {"cutmix": -1},
+        {"cutmix": float("nan")},
+        {"mixup": float("inf")},
+        {"probability": 1.5},
+        {"label_smoothing": -0.1},
+    ],
+)
 def test_bad_options_are_named(change: dict):
     with pytest.raises(ValueError, match=next(iter(change))):
         MixingOptions(**change)

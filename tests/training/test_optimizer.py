@@ -25,8 +25,25 @@ def test_schedule_matches_numpy_and_scales_with_the_batch():
     got = np.array([schedule(step) for step in range(310)])
     want = [numpy_schedule(step, peak=2e-3, first=2e-6, last=2e-5, warmup=20, total=300) for step in range(310)]
     np.testing.assert_allclose(got, want, rtol=2e-5)
-    assert got[0] == pytest.approx(2e-6) and got[20] == pytest.approx(2e-3) and got[300] == pytest.approx(2e-5)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1.2e-7 * 2e-3)
+    assert (
+        got[0] == pytest.approx(2e-6, rel=2e-5) and got[20] == pytest.approx(2e-3) and got[300] == pytest.approx(2e-5)
+    )
     assert got.argmax() == 20
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 50), (1, 2), (20, 300), (49, 50)])
+def test_schedule_is_exact_in_float64(warmup: int, total: int):
+    options = OptimizerOptions(
+        learning_rate=5e-4, warmup_learning_rate=5e-7, min_learning_rate=5e-6, warmup_steps=warmup
+    )
+    steps = range(total + 3)
+    with jax.enable_x64(True):
+        schedule = learning_rate_schedule(options, num_steps=total, batch_size=512)
+        got = np.asarray([schedule(step) for step in steps])
+    want = [numpy_schedule(step, peak=5e-4, first=5e-7, last=5e-6, warmup=warmup, total=total) for step in steps]
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, want, rtol=1e-7)
 
 
 def test_schedule_without_warmup_starts_at_the_peak():
@@ -81,11 +98,22 @@ def test_moving_average_numbers(warmup: bool, decays: tuple[float, ...]):
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": -1.0}, {"ema_decay": 1.0}, {"warmup_steps": -1}, {"clip": -5.0}, {"weight_decay": -1}]
+    ("name", "values"),
+    [
+        *(
+            (name, (-1.0, math.nan, math.inf))
+            for name in ("learning_rate", "warmup_learning_rate", "min_learning_rate")
+        ),
+        *((name, (-5.0, math.nan, math.inf)) for name in ("clip", "weight_decay")),
+        *((name, (-0.1, 1, 1.5, math.nan)) for name in ("b1", "b2", "ema_decay")),
+        ("eps", (-1.0, 0.0, math.nan, math.inf)),
+        ("warmup_steps", (-1, 2.5, math.nan)),
+    ],
 )
-def test_bad_options_are_named(change: dict):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        OptimizerOptions(**change)
+def test_bad_options_are_named(name: str, values: tuple[float, ...]):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name}: expected a.* got {value}$"):
+            OptimizerOptions(**{name: value})  # pyright: ignore[reportArgumentType]
 
 
 def test_warmup_that_leaves_no_step_is_refused():

@@ -1,12 +1,22 @@
 """Who holds what, and that it does not change what is computed."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from gspn_jax.training.metrics import read_rows
-from gspn_jax.training.sharding import MeshOptions, check_batch_size, leaf_spec, make_mesh, place_batch
+from gspn_jax.training.sharding import (
+    MeshOptions,
+    check_batch_size,
+    leaf_spec,
+    make_mesh,
+    pad_rows,
+    place_batch,
+    replicate,
+)
 from tests.training.toy import toy_train
 
 
@@ -46,25 +56,49 @@ def test_place_batch_cuts_rows():
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
 
 
+def test_replicate_puts_the_whole_tree_on_every_device():
+    tree = {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "scale": np.float32(2)}
+    placed = replicate(tree, make_mesh(MeshOptions(model=2)))
+    assert set(placed) == set(tree)
+    for name, array in placed.items():
+        assert len(array.addressable_shards) == 8 and array.dtype == np.float32
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, tree[name])
+
+
+def test_pad_rows_repeats_the_last_row():
+    arrays = {"image": np.arange(12, dtype=np.uint8).reshape(3, 2, 2), "label": np.array([5, 6, 7], np.int32)}
+    padded = pad_rows(arrays, 5)
+    np.testing.assert_array_equal(padded["label"], [5, 6, 7, 7, 7])
+    np.testing.assert_array_equal(padded["image"][:3], arrays["image"])
+    np.testing.assert_array_equal(padded["image"][3:], [arrays["image"][2]] * 2)
+    assert padded["image"].dtype == np.uint8 and padded["label"].dtype == np.int32
+    assert pad_rows(arrays["label"], 3) is arrays["label"]
+    for count in (0, 4):
+        with pytest.raises(ValueError, match=f"arrays: expected 1 to 3 rows, got {count}"):
+            pad_rows(np.zeros((count, 2)), 3)
+
+
 MESHES = {
-    "one": {"data": 1, "model": 8},  # the batch on every device; the kernel is cut in eight
+    "one": {"data": 1, "model": 8},  # the batch on every device; the kernel in eight shards
     "data": {"data": 8},
     "both": {"data": 4, "model": 2},
     "fsdp": {"data": 4, "model": 2, "fsdp": True},
 }
+# Sharding of the hidden layer's kernel.
+SPECS = {"one": P(None, "model"), "data": P(None, None), "both": P(None, "model"), "fsdp": P("data", "model")}
 
 
-def test_loss_curve_does_not_depend_on_the_mesh(tmp_path):
-    """The hidden layer is large enough to be cut; mixing pairs rows of different devices."""
+@pytest.mark.parametrize("names", [("fsdp",), pytest.param(("data", "both"), marks=pytest.mark.full)])
+def test_loss_curve_does_not_depend_on_the_mesh(names: tuple[str, ...], tmp_path: Path):
+    """The hidden layer is large enough to be sharded; mixing pairs rows of different devices."""
     curves, kernels = {}, {}
-    for name, mesh in MESHES.items():
-        state = toy_train(str(tmp_path / name), num_steps=6, mesh=mesh, width=512, checkpoint_steps=0).state
+    for name in ("one", *names):
+        state = toy_train(str(tmp_path / name), num_steps=6, mesh=MESHES[name], width=512, checkpoint_steps=0).state
         curves[name] = [row["loss"] for row in read_rows(tmp_path / name) if row["kind"] == "train"]
         kernels[name] = state.params["layers"]["0"]["kernel"]
-    assert kernels["fsdp"].sharding.spec == P("data", "model")
-    assert kernels["both"].sharding.spec == P(None, "model")
-    assert kernels["data"].sharding.is_fully_replicated
-    for name in MESHES:
+        assert kernels[name].sharding.spec == SPECS[name]
+    for name in names:
         np.testing.assert_allclose(curves[name], curves["one"], rtol=2e-5, err_msg=name)
         np.testing.assert_allclose(kernels[name], kernels["one"], atol=2e-5, err_msg=name)
     assert len(curves["one"]) == 6 and np.ptp(curves["one"]) > 0.05

@@ -138,7 +138,7 @@ def toy_train(
     **options: Any,
 ):
     """Trains the toy; options as in TrainOptions, `batches` as in ToyBatches."""
-    how = MixingOptions(mixup=0.8, cutmix=1.0, label_smoothing=0.1) if mixing else None
+    how = MixingOptions(mixup=0.8, label_smoothing=0.1) if mixing else None
     task = toy_generation() if generates else toy_task(how, width=width, noise=noise)
     axes: dict[str, Any] = mesh or {"data": 1, "model": jax.device_count()}
     return train(
