@@ -87,11 +87,10 @@ def _fetched(source: str) -> Path:
     if match is None:
         raise ValueError("expected hf://owner/name/file or hf://owner/name@revision/file")
     import huggingface_hub  # takes a while, and only these sources need it
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         path = huggingface_hub.hf_hub_download(match["repository"], match["file"], revision=match["revision"])
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # of several packages
         raise ValueError(f"cannot be fetched: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     return _local(path)
 

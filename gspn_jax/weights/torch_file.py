@@ -20,7 +20,7 @@ import ml_dtypes  # noqa: F401, gives NumPy the dtype bfloat16
 import numpy as np
 
 LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the first bytes before version 1.6
-_LONGEST_PICKLE = 2**24  # bytes; DiT-XL/2 with its optimizer takes 0.3 million
+_LONGEST_PICKLE = 2**22  # bytes; DiT-XL/2 with its optimizer takes 0.3 million
 _LONGEST_NAME = 1000
 _MOST_AXES = 64
 _LARGEST_COUNT = 2**62

@@ -58,6 +58,12 @@ def test_bad_input_is_refused(network):
         diffusers_autoencoder(ARRAYS, norm_groups=5)
     with pytest.raises(ValueError, match=r"decoder\.conv_out\.bias, which is missing"):
         diffusers_autoencoder({k: v for k, v in ARRAYS.items() if k != "decoder.conv_out.bias"}, norm_groups=8)
+    with pytest.raises(ValueError, match=r"arrays: expected finite numbers in decoder\.conv_out\.bias, got NaN or Inf"):
+        diffusers_autoencoder(ARRAYS | {"decoder.conv_out.bias": np.full(3, np.nan, np.float32)}, norm_groups=8)
+    with pytest.raises(
+        ValueError, match=r"encoder\.down_blocks\.0 to .* without a gap, got encoder\.down_blocks\.1000000"
+    ):
+        diffusers_autoencoder(ARRAYS | {"encoder.down_blocks.1000000.x": np.zeros(1)}, norm_groups=8)
     with pytest.raises(ValueError, match="1 more: extra"):
         diffusers_autoencoder(ARRAYS | {"extra": np.zeros(1)}, norm_groups=8)
     with pytest.raises(ValueError, match=r"encoder\.down_blocks\.<index>\.\.\., got 1 other"):
