@@ -29,13 +29,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from experiments import command_line
-from experiments.convert import read_safetensors
 from experiments.image_batches import sha256
 from gspn_jax import data
 from gspn_jax.data.sources.latents import MANIFEST, SPLITS, LatentRecord, read_manifest, shard_files
 from gspn_jax.models.autoencoder import Autoencoder
 from gspn_jax.training.sharding import local_mesh, place_batch
-from gspn_jax.weights import diffusers_autoencoder
+from gspn_jax.weights import diffusers_autoencoder, read_arrays
 
 SCALE = 0.18215  # of Stable Diffusion's latents, so that they have about unit variance
 IMAGES_PER_SHARD = 10_000
@@ -59,7 +58,7 @@ class _Part:
 
 def load_autoencoder(path: str, *, norm_groups: int = 32, dtype: str = "float32") -> tuple[Autoencoder, str]:
     """The autoencoder of a safetensors file, and the file's SHA-256."""
-    arrays = read_safetensors(path, "autoencoder")
+    arrays = read_arrays(path, argument="autoencoder")
     try:
         return diffusers_autoencoder(arrays, norm_groups=norm_groups, dtype=jnp.dtype(dtype)), sha256(path)
     except ValueError as error:

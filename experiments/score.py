@@ -30,7 +30,6 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments import classification, command_line, provenance
-from experiments.convert import read_safetensors
 from experiments.image_batches import LABELS, image_blocks, image_count, sha256
 from gspn_jax import data
 from gspn_jax.evaluation.frechet import (
@@ -42,7 +41,7 @@ from gspn_jax.evaluation.frechet import (
 )
 from gspn_jax.training import load_parameters
 from gspn_jax.training.sharding import local_mesh, place_batch
-from gspn_jax.weights import fid_inception
+from gspn_jax.weights import fid_inception, read_arrays
 
 Extract = Callable[[np.ndarray], dict[str, np.ndarray]]  # images uint8 (B, H, W, 3) to features (B, D) by name
 POOLED, SPATIAL, LOGITS = "2048", "mixed_6_conv", "logits_unbiased"
@@ -82,7 +81,7 @@ def with_inception(
         raise ValueError(f"statistics: expected mu and sigma, or images arr_0, got none of them in {statistics}")
     if count < splits:
         raise ValueError(f"images: expected at least {splits} in {images}, got {count}")
-    arrays = read_safetensors(inception, "inception")
+    arrays = read_arrays(inception, argument="inception")
     try:
         graph, state = nnx.split(fid_inception(arrays))
     except ValueError as error:

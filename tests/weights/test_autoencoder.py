@@ -23,9 +23,9 @@ def network():
 
 def test_latents_and_images_of_the_published_program(network):
     mean, log_variance = jax.jit(network.encode)(IMAGE)
-    np.testing.assert_allclose(mean, MEAN, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(log_variance, LOG_VARIANCE, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(jax.jit(network.decode)(MEAN), DECODED, atol=1e-5, rtol=0)
+    decoded = jax.jit(network.decode)(MEAN)
+    for got, want in ((mean, MEAN), (log_variance, LOG_VARIANCE), (decoded, DECODED)):
+        np.testing.assert_allclose(got, want, atol=3e-5, rtol=0)  # processors round differently: 1.3e-5 was seen
 
 
 def test_bfloat16_is_close():
@@ -58,7 +58,13 @@ def test_bad_input_is_refused(network):
         diffusers_autoencoder(ARRAYS, norm_groups=5)
     with pytest.raises(ValueError, match=r"decoder\.conv_out\.bias, which is missing"):
         diffusers_autoencoder({k: v for k, v in ARRAYS.items() if k != "decoder.conv_out.bias"}, norm_groups=8)
+    with pytest.raises(ValueError, match=r"arrays: expected finite numbers in decoder\.conv_out\.bias, got NaN or Inf"):
+        diffusers_autoencoder(ARRAYS | {"decoder.conv_out.bias": np.full(3, np.nan, np.float32)}, norm_groups=8)
+    with pytest.raises(
+        ValueError, match=r"encoder\.down_blocks\.0 to .* without a gap, got encoder\.down_blocks\.1000000"
+    ):
+        diffusers_autoencoder(ARRAYS | {"encoder.down_blocks.1000000.x": np.zeros(1)}, norm_groups=8)
     with pytest.raises(ValueError, match="1 more: extra"):
         diffusers_autoencoder(ARRAYS | {"extra": np.zeros(1)}, norm_groups=8)
-    with pytest.raises(ValueError, match=r"encoder\.down_blocks\.\.\., got 1 other"):
+    with pytest.raises(ValueError, match=r"encoder\.down_blocks\.<index>\.\.\., got 1 other"):
         diffusers_autoencoder({"extra": np.zeros(1)})

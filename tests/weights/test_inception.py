@@ -63,5 +63,9 @@ def test_bad_input_is_refused(network, arrays):
             network(images)
     with pytest.raises(ValueError, match=r"Mixed_6d\.branch1x1\.conv\.weight, which is missing"):
         fid_inception({k: v for k, v in arrays.items() if k != "Mixed_6d.branch1x1.conv.weight"})
+    with pytest.raises(ValueError, match=r"Mixed_6d\.branch1x1\.bn\.bias, got NaN or Inf"):
+        fid_inception(arrays | {"Mixed_6d.branch1x1.bn.bias": np.full(192, np.nan, np.float32)})
+    with pytest.raises(ValueError, match=r"Mixed_6d\.branch1x1\.conv\.weight to have 4 axes, .* got shape \(\)"):
+        fid_inception(arrays | {"Mixed_6d.branch1x1.conv.weight": np.array(1.0)})
     with pytest.raises(ValueError, match="1 more: extra"):
         fid_inception(arrays | {"extra": np.zeros(1)})

@@ -3,6 +3,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -50,12 +51,29 @@ def test_sizes_are_read_off_the_shapes():
     ({"blocks.1.attn.qkv.bias": None}, "blocks.1.attn.qkv.bias, which is missing"),
     ({"extra": np.zeros(3)}, "1 more: extra"),
     ({"blocks.0.mlp.fc2.weight": np.zeros((48, 5))}, "blocks.0.mlp.fc2.weight to give"),
+    ({"blocks.99999999999999999999.attn.qkv.bias": np.zeros(3)}, "expected blocks.0 to blocks.2 without a gap, got "),
+    ({"blocks.1000000.attn.qkv.bias": np.zeros(3)}, "expected blocks.0 to blocks.2 without a gap, got blocks.1000000"),
+    ({f"blocks.{n}.x": np.zeros(3) for n in range(2, 10**5)}, "blocks.2.adaLN_modulation.1.weight, which is missing"),
+    ({"blocks.0.attn.proj.bias": np.full(48, np.nan)}, "finite numbers in blocks.0.attn.proj.bias, got NaN or Inf"),
+    ({"blocks.1.attn.proj.bias": np.full(48, 1e300)}, "finite numbers in blocks.1.attn.proj.bias, got NaN or Inf"),
+    ({"final_layer.linear.bias": np.array(1.0)}, "final_layer.linear.bias to have axes, got shape"),
+    ({"final_layer.linear.bias": np.zeros(32, int)}, "real numbers of 16 bits or more in final_layer.linear.bias, got"),
+    ({"final_layer.linear.bias": np.zeros(32, complex)}, "in final_layer.linear.bias, got complex128"),
+    ({"final_layer.linear.bias": np.zeros(32, ml_dtypes.float8_e5m2)}, "final_layer.linear.bias, got float8_e5m2"),
+    ({"blocks.0.mlp.fc1.weight": np.zeros((0, 48))}, "blocks.0.mlp.fc1.weight to have 2 axes, none of them empty"),
+    ({"x_embedder.proj.weight": np.array(1.0)}, "x_embedder.proj.weight to have 4 axes"),
+    ({"y_embedder.embedding_table.weight": np.zeros(())}, "y_embedder.embedding_table.weight to have 2 axes"),
+    ({"pos_embed": np.zeros(())}, r"of a square map, \(1, N \* N, 48\), got \(\)"),
     ({"pos_embed": np.zeros((1, 16, 48))}, "expected sine-cosine positions"),
     ({"pos_embed": np.zeros((1, 15, 48))}, r"of a square map, \(1, N \* N, 48\), got \(1, 15, 48\)"),
 ])  # fmt: skip
 def test_other_parameters_are_refused(changes, words):
     arrays = {name: array for name, array in {**ARRAYS, **changes}.items() if array is not None}
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=rf"^arrays: [^\n]*{words}"):
         facebook_dit(arrays, num_heads=4)
-    with pytest.raises(ValueError, match="num_heads: expected a divisor of features = 48, got 5"):
-        facebook_dit(ARRAYS, num_heads=5)
+
+
+@pytest.mark.parametrize("heads", [0, 5])
+def test_other_heads_are_refused(heads):
+    with pytest.raises(ValueError, match=f"num_heads: expected a divisor of features = 48, got {heads}"):
+        facebook_dit(ARRAYS, num_heads=heads)
