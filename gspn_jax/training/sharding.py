@@ -107,3 +107,32 @@ def place_tree(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(place, tree, shardings)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns host arrays, equal on every process, as global arrays that every device of the mesh holds whole."""
+    return place_tree(tree, jax.tree.map(lambda _: NamedSharding(mesh, P()), tree))
+
+
+def pad_rows(arrays: Any, rows: int) -> Any:
+    """Returns host arrays with their last row repeated, so that batches of any size share one compiled program.
+
+    Args:
+        arrays: an array (b, ...) or a tree of arrays, with 1 <= b <= rows.
+        rows: how many rows each array gets.
+
+    Returns:
+        Arrays (rows, ...) in the same tree; an array that has `rows` rows is not copied.
+
+    Raises:
+        ValueError: an array has no row or too many.
+    """
+
+    def pad(array: np.ndarray) -> np.ndarray:
+        if not 1 <= len(array) <= rows:
+            raise ValueError(f"arrays: expected 1 to {rows} rows, got {len(array)}")
+        if len(array) == rows:
+            return array
+        return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
+
+    return jax.tree.map(pad, arrays)
