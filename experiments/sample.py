@@ -26,13 +26,14 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
 
-from experiments import command_line, generation, image_batches, provenance
-from experiments.encode_latents import load_autoencoder
+from experiments import command_line, generation, provenance
 from experiments.sampling import NOISE_SAMPLERS, VELOCITY_SAMPLERS, Sampling, draw
 from experiments.show_batch import contact_sheet
+from gspn_jax.evaluation import image_archive
 from gspn_jax.training import load_parameters
 from gspn_jax.training.sharding import local_mesh, place_batch, place_tree
 from gspn_jax.training.state import Parameters
+from gspn_jax.weights.loading import load_autoencoder
 
 SHOWN = 100  # images of a grid
 DECODED = 8  # latents that a device decodes at a time
@@ -94,7 +95,7 @@ class Generator:
                 )
             if space["autoencoder"] not in ("", digest):
                 logging.warning("the latents of training were made by another file than %s", autoencoder)
-            decode = jax.jit(lambda state, latents: _pixels(nnx.merge(graph, state).decode(latents / space["scale"])))
+            decode = jax.jit(lambda state, latents: nnx.merge(graph, state).decode(latents / space["scale"]))
             self._decode = functools.partial(decode, jax.device_put(state, everywhere))
         else:
             factor = 1
@@ -142,15 +143,14 @@ class Generator:
             drawn = np.asarray(self._compiled(self._params, batch["labels"], batch["samples"]))
             if self._decode is not None:
                 drawn = self._decoded(drawn)
-        return drawn[: len(samples)]
+        return image_archive.to_pixels(drawn[: len(samples)])
 
     def _draw(self, params: Parameters, labels: jax.Array, samples: jax.Array) -> jax.Array:
         is_pixels = self._decode is None
-        x = draw(
+        return draw(
             self.task, params, labels, samples, self.sampling, shape=self._drawn, clip=1.0 if is_pixels else None,
             progress=self._advance,
         )  # fmt: skip
-        return _pixels(x) if is_pixels else x
 
     def _decoded(self, latents: np.ndarray) -> np.ndarray:
         assert self._decode is not None
@@ -164,10 +164,6 @@ class Generator:
     def _advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
-
-
-def _pixels(images: jax.Array) -> jax.Array:
-    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def run(generator: Generator, *, count: int = SHOWN, batch_size: int = 100, npz: str = "") -> np.ndarray:
@@ -189,13 +185,13 @@ def run(generator: Generator, *, count: int = SHOWN, batch_size: int = 100, npz:
         starts = range(0, shown, batch_size)
         parts = _drawn(generator, [_numbers(start, batch_size, shown) for start in starts], batch_size)
         return np.concatenate([images for _, images in parts])
-    store = image_batches.Store(npz, generator.settings | {"count": count, "batch_size": batch_size})
-    if not store.is_complete():
-        missing = [_numbers(start, batch_size, count) for start in store.missing(range(0, count, batch_size))]
-        for numbers, images in _drawn(generator, missing, batch_size):
-            store.write(int(numbers[0]), images, generator.labels(numbers))
-        store.assemble(range(0, count, batch_size), generator.shape)
-    return store.first(shown)
+    with image_archive.Store(npz, generator.settings | {"count": count, "batch_size": batch_size}) as store:
+        if not store.is_complete():
+            missing = [_numbers(start, batch_size, count) for start in store.missing()]
+            for numbers, images in _drawn(generator, missing, batch_size):
+                store.write(int(numbers[0]), images, generator.labels(numbers))
+            store.assemble()
+        return store.first(shown)
 
 
 def _numbers(start: int, batch_size: int, count: int) -> np.ndarray:
