@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# Of Stable Diffusion: networks denoise latents times LATENT_SCALE, which have about unit variance; LATENT_FACTOR pixels
+# of an image's side make one of the latents'.
+LATENT_SCALE = 0.18215
+LATENT_FACTOR = 8
 _LOG_VARIANCES = -30.0, 20.0  # as far as they are believed
 
 

@@ -1,4 +1,4 @@
-"""Networks as diffusers holds them: the autoencoder of Stable Diffusion (AutoencoderKL)."""
+"""Parameters of Stable Diffusion's autoencoder (AutoencoderKL) under the names of diffusers."""
 
 import functools
 import re
@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from gspn_jax.models.autoencoder import Autoencoder
-from gspn_jax.weights.torch_layouts import Row, filled, shape_of, unwrapped
+from gspn_jax.weights.torch_layouts import Row, block_count, filled, shape_of, unwrapped
 
 # Names of attention before diffusers 0.17, which published files hold.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -36,21 +35,17 @@ def diffusers_autoencoder(
     }
     sizes = _sizes(arrays)
     build = functools.partial(Autoencoder, **sizes, norm_groups=norm_groups, dtype=dtype)
-    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-    return filled(model, _rows(arrays, len(sizes["widths"]), sizes["blocks"]), arrays, kind="AutoencoderKL")
+    return filled(build, _rows(arrays, len(sizes["widths"]), sizes["blocks"]), arrays, kind="AutoencoderKL")
 
 
 def _sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    levels = [int(match[1]) for match in (re.match(r"encoder\.down_blocks\.(\d+)\.", name) for name in arrays) if match]
-    if not levels:
-        raise ValueError(f"arrays: expected parameters named encoder.down_blocks..., got {len(arrays)} other names")
-    blocks = re.compile(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    levels = block_count(arrays, "encoder.down_blocks")
     return dict(
         widths=tuple(
-            shape_of(arrays, f"encoder.down_blocks.{n}.resnets.0.conv1.weight")[0] for n in range(1 + max(levels))
+            shape_of(arrays, f"encoder.down_blocks.{n}.resnets.0.conv1.weight", axes=4)[0] for n in range(levels)
         ),
-        blocks=1 + max((int(match[1]) for match in map(blocks.match, arrays) if match), default=0),
-        channels=shape_of(arrays, "decoder.conv_out.weight")[0],
+        blocks=block_count(arrays, "encoder.down_blocks.0.resnets"),
+        channels=shape_of(arrays, "decoder.conv_out.weight", axes=4)[0],
         latent_channels=shape_of(arrays, "post_quant_conv.weight")[0],
     )
 

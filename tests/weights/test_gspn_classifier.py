@@ -73,7 +73,7 @@ def test_sizes_are_read_off_the_shapes():
     (lambda a: a.pop("classifier.head.weight"), ("classifier.head.weight", "missing")),
     (lambda a: a.update({"layers.0.extra": np.zeros(3)}), ("1 more", "layers.0.extra")),
     (lambda a: a.update({"classifier.norm.bias": np.zeros(3)}), ("classifier.norm.bias", "(128,)", "(3,)")),
-    (lambda a: a.clear(), ("layers.<stage>", "0 other")),
+    (lambda a: a.clear(), ("layers.<index>", "0 other")),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(change, words):
     arrays = dict(ARRAYS)

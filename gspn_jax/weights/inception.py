@@ -1,10 +1,8 @@
-"""The Inception-v3 of FID, as pytorch-fid and torch-fidelity hold it."""
+"""Parameters of the Inception-v3 of FID under the names of pytorch-fid and torch-fidelity."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-import numpy as np
-from flax import nnx
 
 from gspn_jax.evaluation.inception import CONVOLUTIONS, Inception
 from gspn_jax.weights.torch_layouts import Row, filled, shape_of, unwrapped
@@ -24,14 +22,12 @@ def fid_inception(arrays: Mapping[str, Any]) -> Inception:
         for name, array in unwrapped(arrays).items()
         if not name.endswith("num_batches_tracked") and name != "fc.bias"
     }
-    theirs = {name: shape_of(arrays, f"{name}.conv.weight") for name in CONVOLUTIONS}
-    for name, shape in theirs.items():
-        if len(shape) != 4:
-            raise ValueError(f"arrays: expected {name}.conv.weight to have 4 axes, got shape {shape}")
-    shapes = {name: (rows, columns, inputs, outputs) for name, (outputs, inputs, rows, columns) in theirs.items()}
-    outputs = shape_of(arrays, "fc.weight")[0]
-    model = nnx.eval_shape(lambda: Inception(shapes, outputs, rngs=nnx.Rngs(0)))
-    return filled(model, _rows(), {name: np.asarray(array) for name, array in arrays.items()}, kind="FID Inception")
+    shapes = {}
+    for name in CONVOLUTIONS:
+        outputs, inputs, rows, columns = shape_of(arrays, f"{name}.conv.weight", axes=4)
+        shapes[name] = rows, columns, inputs, outputs
+    build = functools.partial(Inception, shapes, shape_of(arrays, "fc.weight", axes=2)[0])
+    return filled(build, _rows(), arrays, kind="FID Inception")
 
 
 def _rows() -> Iterator[Row]:

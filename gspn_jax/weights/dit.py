@@ -1,4 +1,4 @@
-"""Diffusion transformers as their authors' program, facebookresearch/DiT, holds them; SiT names them alike."""
+"""Parameters of diffusion transformers under the names of facebookresearch/DiT, which SiT uses too."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from gspn_jax.mixers import SoftmaxAttention
 from gspn_jax.models.dit import DiT, positions
@@ -37,7 +36,7 @@ def facebook_dit(arrays: Mapping[str, Any], *, num_heads: int, dtype: jnp.dtype 
       ValueError: a parameter is missing, is left over, or has a shape that does not fit; num_heads is no divisor of
         the width; fixed positions other than sine-cosine ones.
     """
-    arrays = unwrapped(arrays, wrappers=("ema", "model", "state_dict"))
+    arrays = unwrapped(arrays)
     sizes = facebook_dit_sizes(arrays)
     _check_positions(arrays.pop(_POSITIONS, None), sizes["width"])
 
@@ -45,8 +44,7 @@ def facebook_dit(arrays: Mapping[str, Any], *, num_heads: int, dtype: jnp.dtype 
         return SoftmaxAttention(features, num_heads=num_heads, use_bias=True, **options)
 
     build = functools.partial(DiT, **sizes, mixer=mixer, dtype=dtype)
-    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-    return filled(model, _rows(sizes["depth"]), arrays, kind="DiT")
+    return filled(build, _rows(sizes["depth"]), arrays, kind="DiT")
 
 
 def facebook_dit_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,9 +53,9 @@ def facebook_dit_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the parameters that tell them are missing.
     """
-    arrays = unwrapped(arrays, wrappers=("ema", "model", "state_dict"))
+    arrays = unwrapped(arrays)
     sizes = denoiser_sizes(arrays, blocks="blocks")
-    return sizes | dict(mlp_ratio=shape_of(arrays, "blocks.0.mlp.fc1.weight")[0] / sizes["width"])
+    return sizes | dict(mlp_ratio=shape_of(arrays, "blocks.0.mlp.fc1.weight", axes=2)[0] / sizes["width"])
 
 
 def _rows(depth: int) -> Iterator[Row]:
@@ -72,8 +70,8 @@ def _rows(depth: int) -> Iterator[Row]:
 def _check_positions(found: Any, width: int) -> None:
     if found is None:
         return
-    found = np.asarray(found)
-    side = round(found.shape[-2] ** 0.5)
+    found = np.asarray(found, np.float32)
+    side = round(found[..., 0].size ** 0.5) if found.ndim else 0
     if found.shape != (1, side * side, width):
         raise ValueError(f"arrays: expected {_POSITIONS} of a square map, (1, N * N, {width}), got {found.shape}")
     if not np.allclose(found.reshape(side, side, width), positions(side, side, width), atol=1e-3):

@@ -1,4 +1,4 @@
-"""The networks that the authors of GSPN released: their parameter names to ours, and back for the classifiers."""
+"""Parameters of the networks that the authors of GSPN released: from their names to ours, and back for classifiers."""
 
 import functools
 import re
@@ -12,7 +12,16 @@ from flax import nnx
 from gspn_jax.mixers import GSPNMixer
 from gspn_jax.models.classifier import Classifier
 from gspn_jax.models.generator import Generator
-from gspn_jax.weights.torch_layouts import DENOISER_ENDS, Row, denoiser_sizes, filled, shape_of, to_theirs, unwrapped
+from gspn_jax.weights.torch_layouts import (
+    DENOISER_ENDS,
+    Row,
+    block_count,
+    denoiser_sizes,
+    filled,
+    shape_of,
+    to_theirs,
+    unwrapped,
+)
 
 # One row for each parameter of a mixer or block: our path in it, their name in it, and how theirs is laid out.
 _MIXER = [
@@ -97,8 +106,7 @@ def nvlabs_classifier(
     build = functools.partial(
         Classifier, **sizes, mixer=mixer, chunk=chunk, global_stages=tuple(global_stages), dtype=dtype
     )
-    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-    return filled(model, _classifier_rows(sizes["depths"]), arrays, kind="GSPN classifier")
+    return filled(build, _classifier_rows(sizes["depths"]), arrays, kind="GSPN classifier")
 
 
 def nvlabs_classifier_arrays(model: Classifier) -> dict[str, np.ndarray]:
@@ -144,25 +152,15 @@ def nvlabs_classifier_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: the parameters that tell them are missing.
     """
     arrays = unwrapped(arrays)
-
-    shape = functools.partial(shape_of, arrays)
-    blocks = [
-        match.groups() for match in (re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name) for name in arrays) if match
-    ]
-    if not blocks:
-        raise ValueError(
-            f"arrays: expected parameters named layers.<stage>.blocks.<index>..., got {len(arrays)} other names"
-        )
-    stages = 1 + max(int(stage) for stage, _ in blocks)
-    depths = [1 + max((int(index) for s, index in blocks if int(s) == stage), default=-1) for stage in range(stages)]
-    widths = [shape(f"layers.{stage}.blocks.0.norm.weight")[0] for stage in range(stages)]
+    stages = block_count(arrays, "layers")
+    width = shape_of(arrays, "layers.0.blocks.0.norm.weight", axes=1)[0]
     return dict(
-        num_classes=shape("classifier.head.weight")[0],
-        widths=tuple(widths),
-        depths=tuple(depths),
-        proxy_rank=shape("layers.0.blocks.0.op.x_conv_down.weight")[0],
-        expansion=shape("layers.0.blocks.0.op.in_proj.weight")[0] / widths[0],
-        mlp_ratio=shape("layers.0.blocks.0.mlp.fc1.weight")[0] / widths[0],
+        num_classes=shape_of(arrays, "classifier.head.weight", axes=2)[0],
+        widths=tuple(shape_of(arrays, f"layers.{stage}.blocks.0.norm.weight", axes=1)[0] for stage in range(stages)),
+        depths=tuple(block_count(arrays, f"layers.{stage}.blocks") for stage in range(stages)),
+        proxy_rank=shape_of(arrays, "layers.0.blocks.0.op.x_conv_down.weight")[0],
+        expansion=shape_of(arrays, "layers.0.blocks.0.op.in_proj.weight")[0] / width,
+        mlp_ratio=shape_of(arrays, "layers.0.blocks.0.mlp.fc1.weight")[0] / width,
     )
 
 
@@ -191,14 +189,13 @@ def nvlabs_generator(
     Raises:
       ValueError: a parameter is missing, is left over, or has a shape that does not fit.
     """
-    arrays = unwrapped(arrays, wrappers=("ema", "model", "state_dict"))
+    arrays = unwrapped(arrays)
     sizes = nvlabs_generator_sizes(arrays)
     mixer = functools.partial(GSPNMixer, proxy_rank=sizes.pop("proxy_rank"), alignment=alignment)
     build = functools.partial(
         Generator, **sizes, mixer=mixer, chunk=chunk, global_blocks=tuple(global_blocks), dtype=dtype
     )
-    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-    return filled(model, _generator_rows(sizes["depth"] // 2), arrays, kind="GSPN generator")
+    return filled(build, _generator_rows(sizes["depth"] // 2), arrays, kind="GSPN generator")
 
 
 def _generator_rows(half: int) -> Iterator[Row]:
@@ -217,6 +214,6 @@ def nvlabs_generator_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the parameters that tell them are missing.
     """
-    arrays = unwrapped(arrays, wrappers=("ema", "model", "state_dict"))
+    arrays = unwrapped(arrays)
     sizes = denoiser_sizes(arrays, blocks="in_blocks")
     return sizes | dict(depth=2 * sizes["depth"], proxy_rank=shape_of(arrays, "mid_block.x_conv_down.weight")[0])

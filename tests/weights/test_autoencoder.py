@@ -23,9 +23,9 @@ def network():
 
 def test_latents_and_images_of_the_published_program(network):
     mean, log_variance = jax.jit(network.encode)(IMAGE)
-    np.testing.assert_allclose(mean, MEAN, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(log_variance, LOG_VARIANCE, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(jax.jit(network.decode)(MEAN), DECODED, atol=1e-5, rtol=0)
+    decoded = jax.jit(network.decode)(MEAN)
+    for got, want in ((mean, MEAN), (log_variance, LOG_VARIANCE), (decoded, DECODED)):
+        np.testing.assert_allclose(got, want, atol=3e-5, rtol=0)  # processors round differently: 1.3e-5 was seen
 
 
 def test_bfloat16_is_close():
@@ -60,5 +60,5 @@ def test_bad_input_is_refused(network):
         diffusers_autoencoder({k: v for k, v in ARRAYS.items() if k != "decoder.conv_out.bias"}, norm_groups=8)
     with pytest.raises(ValueError, match="1 more: extra"):
         diffusers_autoencoder(ARRAYS | {"extra": np.zeros(1)}, norm_groups=8)
-    with pytest.raises(ValueError, match=r"encoder\.down_blocks\.\.\., got 1 other"):
+    with pytest.raises(ValueError, match=r"encoder\.down_blocks\.<index>\.\.\., got 1 other"):
         diffusers_autoencoder({"extra": np.zeros(1)})
