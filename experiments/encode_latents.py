@@ -19,9 +19,8 @@ from experiments import command_line
 from gspn_jax import data
 from gspn_jax.batching import image_encoder
 from gspn_jax.data.encoding import encode_dataset
+from gspn_jax.models.autoencoder import LATENT_SCALE
 from gspn_jax.weights.loading import load_autoencoder
-
-SCALE = 0.18215  # of Stable Diffusion's latents, so that they have about unit variance
 
 
 def run(
@@ -68,7 +67,7 @@ def run(
             "autoencoder": {"file": Path(autoencoder).name, "sha256": digest, "dtype": dtype},
             "norm_groups": norm_groups,
         },
-        **{"scale": SCALE, **options},
+        **{"scale": LATENT_SCALE, **options},
     )
 
 
@@ -81,7 +80,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch_size", 64, "Images at a time on the devices of one process.", lower_bound=1)
     flags.DEFINE_bool("flip", True, "Encode mirror images too.")
     flags.DEFINE_bool("exif_rotation", False, "Turn images upright by their EXIF orientation.")
-    flags.DEFINE_float("scale", SCALE, "Networks multiply the latents with this number.")
+    flags.DEFINE_float("scale", LATENT_SCALE, "Networks multiply the latents with this number.")
     flags.DEFINE_integer("norm_groups", 32, "Groups of the autoencoder's norms.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the autoencoder's computation.")
     flags.DEFINE_enum("stored", "float16", ["float16", "float32"], "Dtype of the stored latents.")

@@ -53,7 +53,10 @@ def test_batches_are_turned_if_asked(tmp_path: Path):
     dataset = data.load("image_folder", str(tmp_path))
     for turn in (False, True):
         options = dict(batch_size=1, image_size=(20, 30), num_threads=0, exif_rotation=turn)
-        for batches in (data.training_batches(dataset.train, **options), data.evaluation_batches(dataset.test, **options)):
+        for batches in (
+            data.training_batches(dataset.train, **options),
+            data.evaluation_batches(dataset.test, **options),
+        ):
             image = next(batches)["image"][0].astype(int)
             is_upright = np.abs(image - UPRIGHT).max() < 6
             assert is_upright == turn

@@ -69,7 +69,9 @@ def test_the_same_call_continues(folder: Path, tmp_path: Path, monkeypatch: pyte
         patch.setattr(encoding, "_write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             encode_dataset(IMAGES, encode, other, **OPTIONS)
-    with pytest.raises(ValueError, match="path: expected a finished folder of latents, got .*other', whose encoding was"):
+    with pytest.raises(
+        ValueError, match="path: expected a finished folder of latents, got .*other', whose encoding was"
+    ):
         data.load("latents", str(other))
     assert encode_dataset(IMAGES, encode, other, **OPTIONS) == 10  # 5 were left
     assert contents(other) == whole

@@ -84,7 +84,7 @@ def test_evaluation_batches_are_masked(tmp_path: Path):
 
 
 @pytest.mark.parametrize("augmentation,size,words", [
-    (dict(flip=True), 24, "augmentation.flip: expected False, because these latents were encoded without mirror images"),
+    (dict(flip=True), 24, "augmentation.flip: expected False, because these latents were encoded without mirror"),
     (dict(crop="padded"), 24, "augmentation: expected flip only, because these are latents"),
     ({}, 32, r"image_size: expected 24, as the images that were encoded, got \(32, 32\)"),
 ])  # fmt: skip

@@ -27,7 +27,9 @@ def test_a_file_goes_on_where_it_was_interrupted(tmp_path: Path):
         fill(store, [3])
         raise KeyboardInterrupt
     assert not path.exists()
-    with pytest.raises(ValueError, match=r"npz: expected the settings that .*parts was made with \(seed=0\), got seed=1"):
+    with pytest.raises(
+        ValueError, match=r"npz: expected the settings that .*parts was made with \(seed=0\), got seed=1"
+    ):
         Store(str(path), SETTINGS | {"seed": 1})
     with Store(str(path), SETTINGS) as store:
         assert store.missing() == [0, 6]
@@ -154,7 +156,9 @@ def test_files_without_images(tmp_path: Path, images: Any, words: str):
     elif images is not None:
         np.savez(path, images)
     for read in (image_count, lambda path: list(image_blocks(path))):
-        with pytest.raises(ValueError, match=rf"images: expected an .npz file with arr_0 uint8 \(N, H, W, 3\).*: .*{words}"):
+        with pytest.raises(
+            ValueError, match=rf"images: expected an .npz file with arr_0 uint8 \(N, H, W, 3\).*: .*{words}"
+        ):
             read(str(path))
 
 
