@@ -85,6 +85,7 @@ def training_batches(config: Any, source: data.Source | data.Latents) -> data.Ba
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
         on_corrupt=config.data.on_corrupt,
+        exif_rotation=config.data.exif_rotation,
     )
 
 

@@ -14,10 +14,12 @@ from flax import nnx
 from tqdm import tqdm
 
 from gspn_jax.diffusion import Interpolant, SampleNoise, guided, interpolant_samplers, samplers
+from gspn_jax.evaluation.image_archive import Store
 from gspn_jax.training.checkpoints.fingerprint import sha256_of_arrays
 from gspn_jax.training.sharding import local_mesh, pad_rows, place_batch, replicate
 from gspn_jax.training.state import Parameters
 from gspn_jax.training.tasks.generation import Generation
+from gspn_jax.weights.loading import load_autoencoder
 
 NOISE_SAMPLERS = ("ddpm", "ddim", "euler", "dpm_solver")  # of objective "ddpm"
 VELOCITY_SAMPLERS = ("heun", "euler", "sde")  # of interpolants
@@ -214,8 +216,6 @@ class ImageSampler:
         return drawn[: len(samples)]
 
     def _decoder(self, autoencoder: str, norm_groups: int, space: Any, side: int) -> tuple[Any, int, str]:
-        from gspn_jax.weights import load_autoencoder
-
         if not autoencoder:
             raise ValueError("autoencoder: expected a file of weights, since this network draws latents; got none")
         model, digest = load_autoencoder(autoencoder, norm_groups=norm_groups)
@@ -295,7 +295,7 @@ def draw_batches(
 
 def draw_archive(
     sampler: ImageSampler, labels: np.ndarray, path: str, *, batch_size: int = 100, **settings: Any
-) -> Any:
+) -> Store:
     """Draws images into an .npz file: `arr_0` uint8 (N, H, W, 3) and `arr_1` their labels; goes on where it stopped.
 
     Several processes share the work. Beside it stands a .json file with the settings.
@@ -308,18 +308,16 @@ def draw_archive(
         settings: further JSON to record.
 
     Returns:
-        The `gspn_jax.evaluation.image_archive.Store` of the file.
+        The finished file; `first(count)` reads images from it.
 
     Raises:
         ValueError: the file, or batches for it, were made with other settings.
+        FolderInUse: another run draws into the same file.
     """
-    from gspn_jax.evaluation.image_archive import Store
-
     recorded = sampler.settings | {"count": len(labels), "batch_size": batch_size} | settings
-    store = Store(path, recorded)
-    if not store.is_complete():
-        starts = range(0, len(labels), batch_size)
-        for start, images in draw_batches(sampler, labels, store.missing(starts), batch_size):
-            store.write(start, images, labels[start : start + len(images)])
-        store.assemble(starts, sampler.shape)
+    with Store(path, recorded) as store:
+        if not store.is_complete():
+            for start, images in draw_batches(sampler, labels, store.missing(), batch_size):
+                store.write(start, images, labels[start : start + len(images)])
+            store.assemble()
     return store

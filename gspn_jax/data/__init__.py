@@ -1,4 +1,7 @@
-"""Data: sources of labelled images, augmentation, and deterministic batches. Knows no model and does not use JAX."""
+"""Data: sources of labelled images, augmentation, and deterministic batches, without models or JAX.
+
+`gspn_jax.data.encoding`, which writes latents, uses JAX and is imported by its own name.
+"""
 
 from gspn_jax.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from gspn_jax.data.decoding import CorruptImage

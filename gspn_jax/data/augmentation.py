@@ -1,4 +1,4 @@
-"""What happens to a training image on the host. Normalisation, mixup and cutmix happen on the device."""
+"""Augmentation of training images on the host. Normalisation, mixup and cutmix happen on the device."""
 
 import dataclasses
 import math
@@ -7,9 +7,10 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from gspn_jax.data import crops
+from gspn_jax.data.arguments import check_bool, check_integer, check_number
 from gspn_jax.data.randaugment import MAX_LEVEL, randaugment
 
-# Of the red, green and blue of ImageNet's training images, on the scale 0..255.
+# Red, green and blue of ImageNet's training images, on the scale 0..255.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
@@ -21,24 +22,26 @@ _ERASING_ATTEMPTS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """The knobs, by default all off. A recipe for ImageNet sets crop="resized", flip, magnitude 9 and erasing 0.25.
+    """Settings of the augmentation; the defaults change nothing.
+
+    A recipe for ImageNet sets crop="resized", flip=True, randaugment_magnitude=9 and erasing=0.25.
 
     Attributes:
-        crop: "resized": a random box, resampled to the image size; "padded": the image, moved by up to `crop_padding`
-            pixels, black coming in; "none": as in evaluation.
-        crop_scale: least and largest area of a "resized" crop, as shares of the picture.
+        crop: "resized": a random box, resampled to the image size; "padded": the image moved by up to `crop_padding`
+            pixels, with black borders; "none": the centre, as in evaluation.
+        crop_scale: smallest and largest area of a "resized" crop, as shares of the image.
         crop_padding: pixels, for "padded".
-        flip: mirror every other image, left to right.
+        flip: mirror half of the images, left to right.
         randaugment_magnitude: mean level of RandAugment, 0 to 10; 0 switches it off.
         randaugment_std: standard deviation of the level.
         randaugment_increasing: the variant in which a higher level is always a stronger change.
-        randaugment_ops: operations chosen for each image.
-        color_jitter: brightness, contrast and saturation change by factors from 1 - x to 1 + x; only where RandAugment
+        randaugment_ops: number of operations for each image.
+        color_jitter: brightness, contrast and saturation change by factors from 1 - x to 1 + x; only if RandAugment
             is off.
-        erasing: probability that a random box (2% to 33% of the area) is replaced by noise.
+        erasing: probability that noise replaces a random box (2% to 33% of the area).
 
     Raises:
-        ValueError: a value out of range, by name.
+        ValueError: a value out of range; the message names it.
     """
 
     crop: str = "none"
@@ -55,23 +58,25 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.crop not in _CROPS:
             raise ValueError(f"crop: expected one of {_CROPS}, got {self.crop!r}")
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale: expected 0 < least <= largest <= 1, got {self.crop_scale}")
-        for name, low, high in (
-            ("crop_padding", 0, math.inf),
-            ("randaugment_magnitude", 0, MAX_LEVEL),
-            ("randaugment_std", 0, math.inf),
-            ("randaugment_ops", 0, math.inf),
-            ("color_jitter", 0, math.inf),
-            ("erasing", 0, 1),
+        scale = self.crop_scale
+        is_pair = isinstance(scale, tuple | list) and len(scale) == 2 and all(isinstance(x, int | float) for x in scale)
+        if not is_pair or not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"crop_scale: expected 0 < smallest <= largest <= 1, got {scale!r}")
+        for name, most in (
+            ("randaugment_magnitude", MAX_LEVEL),
+            ("randaugment_std", math.inf),
+            ("color_jitter", math.inf),
+            ("erasing", 1),
         ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+            check_number(name, getattr(self, name), 0, most)
+        for name in ("crop_padding", "randaugment_ops"):
+            check_integer(name, getattr(self, name), 0)
+        for name in ("flip", "randaugment_increasing"):
+            check_bool(name, getattr(self, name))
 
     @property
     def needs_pillow(self) -> bool:
-        """Whether an image that already has the right size has to become a Pillow image."""
+        """Whether an array of the right size must become a Pillow image."""
         return self.crop == "resized" or self.randaugment_magnitude > 0 or self.color_jitter > 0
 
 
@@ -82,17 +87,17 @@ def augment(
     rng: np.random.Generator,
     out: np.ndarray,
 ) -> None:
-    """Cuts, augments and writes one training image.
+    """Crops and augments one training image and writes it into `out`.
 
     Args:
-        picture: of any size; an array is uint8 (H, W, 3), a Pillow image of any mode, decoded or not.
+        picture: an image of any size: a uint8 array (h, w, 3), or a Pillow image of any mode, decoded or not.
         image_size: (H, W) of the result.
-        augmentation: what to do.
-        rng: the only source of chance.
+        augmentation: which changes.
+        rng: the only source of random numbers.
         out: uint8 (H, W, 3), written.
 
     Raises:
-        CorruptImage: the picture cannot be decoded.
+        CorruptImage: the image cannot be decoded.
     """
     if isinstance(picture, np.ndarray):
         if picture.shape[:2] == image_size and not augmentation.needs_pillow:
@@ -131,7 +136,7 @@ def _crop(
 
 
 def _augment_array(image: np.ndarray, augmentation: Augmentation, rng: np.random.Generator, out: np.ndarray) -> None:
-    """The same as the rest of `augment`, several times faster for small images, where Pillow is mostly overhead."""
+    """Does the same as the rest of `augment`, but several times faster for small images: Pillow is mostly overhead."""
     if augmentation.crop == "padded":
         left, top = crops.random_shift(augmentation.crop_padding, rng)
         image = crops.shifted(image, left, top)
@@ -146,7 +151,7 @@ def _maybe_erase(image: np.ndarray, augmentation: Augmentation, rng: np.random.G
 
 
 def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Changes brightness, contrast and saturation, in random order, by factors from 1 - strength (0 at least) up."""
+    """Changes brightness, contrast and saturation, in random order, by factors from 1 - strength to 1 + strength."""
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3)
     for number in rng.permutation(3):
@@ -157,8 +162,8 @@ def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) 
 def erase(image: np.ndarray, rng: np.random.Generator) -> None:
     """Overwrites a random box of a uint8 (H, W, 3) image by noise with ImageNet's mean and standard deviation.
 
-    Its area is 2% to 33% of the image, its aspect ratio 0.3 to 3.3 (log-uniform). Nothing happens where ten draws in
-    a row are too long for the image.
+    Its area is 2% to 33% of the image, its aspect ratio 0.3 to 3.3 (log-uniform). If ten boxes in a row do not fit into
+    the image, it stays as it is.
     """
     height, width, _ = image.shape
     for _ in range(_ERASING_ATTEMPTS):

@@ -1,4 +1,4 @@
-"""Which part of a picture to take and at what size: evaluation's centre, and the random crops of training."""
+"""Crops: the centre for evaluation, random boxes for training."""
 
 import math
 
@@ -7,26 +7,25 @@ from PIL import Image
 
 from gspn_jax.data.decoding import decode
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the picture
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
 Size = tuple[int, int]  # height, width
 
 _ASPECT = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
-_MARGIN = 0.875  # the centre crop's share of the resized picture's side
+_MARGIN = 0.875  # side of the centre crop / short side of the resized image
 
 
 def centre_box(picture: Size, size: Size, resize: int | None = None) -> Box:
-    """The box to be resampled to `size`: as resizing the short side and cutting out the centre.
+    """Returns the box that, resampled to `size`, equals resizing the short side and cropping the centre.
 
     Args:
-        picture: height and width of the picture.
+        picture: height and width of the image.
         size: height and width of the result.
-        resize: the short side after resizing and before cutting (256 for 224). None: size / 0.875, except that a
-            picture which already has the right size is taken whole. For a `size` that is not square, the picture is
-            resized to cover it with the same margin.
+        resize: short side after resizing and before cropping (256 for 224). None: size / 0.875, but an image of the
+            right size is taken whole. If `size` is not square, the resized image covers it with the same margin.
 
     Raises:
-        ValueError: `resize` is less than the result.
+        ValueError: `resize` is less than the short side of `size`.
     """
     (height, width), (rows, columns) = picture, size
     short = min(size)
@@ -36,7 +35,7 @@ def centre_box(picture: Size, size: Size, resize: int | None = None) -> Box:
         resize = math.floor(short / _MARGIN)
     if resize < short:
         raise ValueError(f"resize: expected at least the image size {short}, got {resize}")
-    # Whole pixels, as though the resized picture were really made.
+    # Whole pixels, as if the resized image existed.
     cover = resize / short
     scale = max(rows * cover / height, columns * cover / width)
     new_height, new_width = max(rows, int(height * scale + 1e-6)), max(columns, int(width * scale + 1e-6))
@@ -46,9 +45,9 @@ def centre_box(picture: Size, size: Size, resize: int | None = None) -> Box:
 
 
 def random_box(picture: Size, scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """A box of random area (`scale`, shares of the picture's) and aspect ratio (3/4 to 4/3), uniform in position.
+    """Returns a box of random area (`scale`: shares of the image) and aspect ratio (3/4 to 4/3), uniform in position.
 
-    Where ten draws do not fit into the picture, the largest centred box whose aspect ratio is allowed.
+    If ten boxes in a row do not fit into the image, it is the largest centred box with an allowed aspect ratio.
     """
     height, width = picture
     for _ in range(_ATTEMPTS):
@@ -65,10 +64,10 @@ def random_box(picture: Size, scale: tuple[float, float], rng: np.random.Generat
 
 
 def resample(picture: Image.Image, box: Box, size: Size) -> Image.Image:
-    """The box of a picture, bicubic with antialiasing, as RGB of `size`.
+    """Returns a box of an image resampled to `size`, bicubic with antialiasing, in RGB.
 
     Raises:
-        CorruptImage: the picture cannot be decoded.
+        CorruptImage: the image cannot be decoded.
     """
     width = picture.width
     reduction = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
@@ -81,13 +80,13 @@ def resample(picture: Image.Image, box: Box, size: Size) -> Image.Image:
 
 
 def random_shift(padding: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Where a crop of an image padded by `padding` begins, relative to the image: (left, top), each -padding to it."""
+    """Returns how far the window of a padded crop moves: (left, top), each from -padding to padding."""
     left, top = rng.integers(-padding, padding + 1, size=2).tolist()
     return left, top
 
 
 def shifted(image: np.ndarray, left: int, top: int) -> np.ndarray:
-    """The image (H, W, 3) seen through a window of its own size that begins at (left, top); black outside."""
+    """Returns the image (H, W, 3) in a window of its size that begins at (left, top), black outside the image."""
     height, width, _ = image.shape
     rows, columns = max(0, height - abs(top)), max(0, width - abs(left))
     result = np.zeros_like(image)

@@ -1,4 +1,4 @@
-"""The work of one thread where a source holds latents: from sample numbers to a batch of moments and labels."""
+"""The work of one thread if a source holds latents: from sample numbers to a batch of moments and labels."""
 
 import dataclasses
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from gspn_jax.data import crops
+from gspn_jax.data.arguments import check_integer
 from gspn_jax.data.augmentation import Augmentation
 from gspn_jax.data.sources.protocol import Latents
 
@@ -18,7 +19,7 @@ class _LatentLoader:
     def __post_init__(self) -> None:
         side = self.source.image_size
         if self.image_size != (side, side):
-            raise ValueError(f"image_size: expected {side}, as the latents were made of, got {self.image_size}")
+            raise ValueError(f"image_size: expected {side}, as the images that were encoded, got {self.image_size}")
 
     def _empty(self, rows: int) -> dict[str, Any]:
         moments = {name: np.zeros((rows, *self.source.shape), np.float32) for name in ("mean", "log_variance")}
@@ -30,24 +31,23 @@ class _LatentLoader:
 
 @dataclasses.dataclass(frozen=True)
 class LatentTrainingLoader(_LatentLoader):
-    """Batches in which every other image is mirrored where the augmentation flips."""
+    """Training batches; if the augmentation flips, a random half of the images are mirror images."""
 
     augmentation: Augmentation
     seed: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 to 2**63 - 1, got {self.seed}")
+        check_integer("seed", self.seed, 0, 2**63 - 1)
         if self.augmentation != Augmentation(flip=self.augmentation.flip):
-            raise ValueError(f"augmentation: expected none but flip, as latents allow, got {self.augmentation}")
+            raise ValueError(f"augmentation: expected flip only, because these are latents, got {self.augmentation}")
         if self.augmentation.flip and self.source.copies < 2:
             raise ValueError(
-                "augmentation.flip: expected False, since these latents were encoded without mirror images"
+                "augmentation.flip: expected False, because these latents were encoded without mirror images, got True"
             )
 
     def __call__(self, samples: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-        """(global positions, indices), both (b,), to {"mean", "log_variance", "label", "corrupt": none}."""
+        """(global positions, indices), both (b,), to {"mean", "log_variance", "label", "corrupt": []}."""
         positions, indices = samples
         batch = self._empty(len(positions))
         for row, (position, index) in enumerate(zip(positions, indices, strict=True)):
@@ -62,7 +62,7 @@ class LatentEvaluationLoader(_LatentLoader):
     """Batches in order; numbers past the end of the source are padding."""
 
     def __call__(self, indices: np.ndarray) -> dict[str, Any]:
-        """Sample numbers (b,) to {"mean", "log_variance", "label", "mask", "corrupt": none}."""
+        """Sample numbers (b,) to {"mean", "log_variance", "label", "mask", "corrupt": []}."""
         batch = self._empty(len(indices))
         batch["mask"] = indices < len(self.source)
         for row, index in enumerate(indices):

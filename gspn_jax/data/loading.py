@@ -1,6 +1,6 @@
 """The work of one thread: from sample numbers to a batch of pixels and labels.
 
-These objects are what worker processes receive, so they hold plain values and picklable sources only.
+Worker processes receive these objects, so they hold plain values and picklable sources only.
 """
 
 import dataclasses
@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image
 
 from gspn_jax.data import crops
+from gspn_jax.data.arguments import check_bool, check_integer
 from gspn_jax.data.augmentation import Augmentation, augment
 from gspn_jax.data.decoding import CorruptImage, open_picture
 from gspn_jax.data.sources.protocol import EncodedSource, Source
 
 OnCorrupt = Literal["stop", "drop"]
 
-_REPLACEMENTS = 100  # neighbours that are tried in the place of a corrupt image before giving up
+_REPLACEMENTS = 100  # neighbours of a corrupt image that are tried before giving up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +26,14 @@ class _Loader:
     source: Source
     image_size: crops.Size
     on_corrupt: OnCorrupt
+    exif_rotation: bool
 
     def __post_init__(self) -> None:
         if not len(self.source):
             raise ValueError("source: expected at least one sample, got an empty one")
         if self.on_corrupt not in get_args(OnCorrupt):
             raise ValueError(f"on_corrupt: expected one of {get_args(OnCorrupt)}, got {self.on_corrupt!r}")
+        check_bool("exif_rotation", self.exif_rotation)
 
     def _empty(self, rows: int) -> dict[str, Any]:
         return {
@@ -47,10 +50,10 @@ class _Loader:
         if self._encoded is None:
             return self.source[index]
         data, label = self._encoded.encoded(index)
-        return open_picture(data), label
+        return open_picture(data, exif_rotation=self.exif_rotation), label
 
     def _name(self, index: int, error: CorruptImage) -> str:
-        """The message of a corrupt image, with the file's name if only the bytes were at hand when it was found."""
+        """Returns an error's message, with the file's name if the error does not name it."""
         name = self.source.describe(index)
         return str(error) if str(error).startswith(name) else f"{name}: {error}"
 
@@ -64,8 +67,7 @@ class TrainingLoader(_Loader):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 to 2**63 - 1, got {self.seed}")
+        check_integer("seed", self.seed, 0, 2**63 - 1)
 
     def __call__(self, samples: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
         """(global positions, indices), both (b,), to {"image", "label", "corrupt": messages}."""
@@ -78,7 +80,7 @@ class TrainingLoader(_Loader):
         return batch
 
     def _fill(self, position: int, index: int, out: np.ndarray, corrupt: list[str]) -> int:
-        """Writes the image of a position and returns its label; of the next good index, if its own is corrupt."""
+        """Writes the image of a position and returns its label; a corrupt image is replaced by the next good one."""
         for attempt in range(min(_REPLACEMENTS, len(self.source))):
             candidate = (index + attempt) % len(self.source)
             rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, position], np.uint64)))

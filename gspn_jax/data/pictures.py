@@ -1,20 +1,17 @@
 """Single pictures, given as arrays, Pillow images or files, prepared as the evaluation pipeline prepares its images."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from gspn_jax.data import crops
-from gspn_jax.data.decoding import CorruptImage, open_picture
-
-_ORIENTATION = 0x0112  # tag of EXIF
+from gspn_jax.data.decoding import CorruptImage, open_picture, read_file, upright
 
 
 def read_picture(image: Any) -> Image.Image:
-    """Returns a picture, upright by its EXIF data.
+    """Returns a picture, turned upright by its EXIF data.
 
     Args:
         image: uint8 array (H, W, 3) or (H, W), Pillow image, or path of an image file.
@@ -23,26 +20,17 @@ def read_picture(image: Any) -> Image.Image:
         CorruptImage: it is no image; the message does not name it.
     """
     if isinstance(image, str | os.PathLike):
-        path = Path(image)
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise CorruptImage("expected a regular file")
         try:
-            picture = open_picture(path.read_bytes())
+            return open_picture(read_file(image), exif_rotation=True)
         except OSError as error:
             raise CorruptImage(f"cannot be read ({error.strerror or error})") from error
-    elif isinstance(image, Image.Image):
-        picture = image
-    else:
-        array = np.asarray(image)
-        is_picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-        if array.dtype != np.uint8 or not is_picture or not array.size:
-            raise CorruptImage(f"expected uint8 (H, W, 3) or (H, W), got {array.dtype} {array.shape}")
-        picture = Image.fromarray(array)
-    try:
-        is_turned = picture.getexif().get(_ORIENTATION, 1) != 1
-        return ImageOps.exif_transpose(picture) if is_turned else picture
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CorruptImage(f"cannot be decoded ({error})") from error
+    if isinstance(image, Image.Image):
+        return upright(image)
+    array = np.asarray(image)
+    is_picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if array.dtype != np.uint8 or not is_picture or not array.size:
+        raise CorruptImage(f"expected uint8 (H, W, 3) or (H, W), got {array.dtype} {array.shape}")
+    return Image.fromarray(array)
 
 
 def prepare_picture(picture: Image.Image, size: int, resize: int | None = None) -> np.ndarray:

@@ -1,75 +1,32 @@
-"""Batches for training and evaluation, on grain.
+"""Batches for training and evaluation.
 
-Everything follows from one number, the global position n of a sample in the endless training stream: its index is
-the n-th of the epochs' permutations, one after the other, its random numbers are keyed by (seed, n), and global batch g
-holds positions g*B to (g+1)*B - 1 in order, of which process p of P takes the p-th part. So neither the number of
-processes, nor of threads, nor of workers, nor an interruption changes what a training run sees.
+Everything follows from one number, the global position n of a sample in the endless training stream. Its index is
+the n-th of the epochs' permutations, one after the other. Its random numbers are keyed by (seed, n). Global batch g
+holds positions g*B to (g+1)*B - 1 in order, and process p of P takes the p-th part. So a training run gets the same
+images with any number of processes, threads and workers, and after an interruption.
 """
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any, Self
 
 import grain
 import numpy as np
-from absl import flags
 
+from gspn_jax.data.arguments import check_integer, image_shape
 from gspn_jax.data.augmentation import Augmentation
 from gspn_jax.data.latent_loading import LatentEvaluationLoader, LatentTrainingLoader
 from gspn_jax.data.loading import EvaluationLoader, OnCorrupt, TrainingLoader
+from gspn_jax.data.readers import Readers, Stream
 from gspn_jax.data.sources.protocol import Latents, Source
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Readers:
-    """Who makes the batches: this process's share of them, in threads or worker processes."""
-
-    batch_size: int
-    process_index: int
-    process_count: int
-    num_threads: int
-    num_workers: int
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("process_count", 1), ("num_threads", 0), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(f"process_index: expected 0 to {self.process_count - 1}, got {self.process_index}")
-        if self.batch_size % self.process_count:
-            raise ValueError(
-                f"batch_size: expected a multiple of process_count={self.process_count}, got {self.batch_size}"
-            )
-
-    @property
-    def share(self) -> int:
-        """Rows of each batch that belong to this process."""
-        return self.batch_size // self.process_count
-
-    def iterate(self, samples: grain.MapDataset, load: Callable[[Any], dict[str, Any]]) -> grain.DatasetIterator:
-        """Batches in order. Each is made whole by one thread: an image is written once, into its row."""
-        batches = samples.batch(self.share)[self.process_index :: self.process_count].map(load)
-        threads = self.num_threads
-        if self.num_workers:
-            threads = -(-threads // self.num_workers)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
-        dataset = batches.to_iter_dataset(options)
-        if self.num_workers:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # grain reads its own flags, which absl parses only in programs
-            dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self.num_workers, per_worker_buffer_size=1)
-            )
-        return iter(dataset)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Order:
-    """The endless stream of (position, index): every epoch is a permutation of its own."""
+    """The endless stream of (position, index): each epoch has its own permutation."""
 
     samples: int
     seed: int
@@ -90,13 +47,13 @@ def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
 class Batches:
     """An endless iterator over this process's training batches; see `training_batches`."""
 
-    def __init__(self, load: TrainingLoader | LatentTrainingLoader, readers: _Readers):
+    def __init__(self, load: TrainingLoader | LatentTrainingLoader, readers: Readers):
         self._load = load
         self._readers = readers
         self._position = 0
         self._samples = len(load.source)
         self._warned: set[str] = set()
-        self._iterator: grain.DatasetIterator | None = None
+        self._iterator: Stream | None = None
         self._stream = grain.MapDataset.source(_Order(self._samples, load.seed))
 
     def __iter__(self) -> Self:
@@ -116,14 +73,14 @@ class Batches:
         return {**batch, "replaced": len(corrupt)}
 
     def state(self) -> dict[str, int]:
-        """What `restore` needs, for a checkpoint (JSON): where the next batch begins, and of which stream."""
+        """Returns what `restore` needs, as JSON for a checkpoint: next position, seed, number of samples."""
         return {"position": self._position, "seed": self._load.seed, "samples": self._samples}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Goes to a saved place, whatever process count, batch size, threads and workers this object has.
+        """Continues at a saved state. Number of processes, batch size, threads and workers may differ.
 
         Raises:
-            ValueError: the state is of another seed, of a source of another size, or no state.
+            ValueError: the state has another seed or number of samples, or is not a state.
         """
         here = self.state()
         if set(state) != set(here) or not 0 <= state["position"]:
@@ -135,7 +92,7 @@ class Batches:
         self._position = int(state["position"])
 
     def close(self) -> None:
-        """Ends threads and workers. The next batch, if one is asked for, starts new ones."""
+        """Ends threads and workers. Asking for another batch starts new ones."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
@@ -153,56 +110,59 @@ def training_batches(
     num_threads: int = 8,
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "stop",
+    exif_rotation: bool = False,
 ) -> Batches:
     """An endless stream of shuffled, augmented batches: every sample once per epoch, epochs joined without a gap.
 
     Args:
-        source: where the images come from; may be smaller than a batch.
+        source: images or latents; may be smaller than a batch.
         batch_size: B, over all processes.
         image_size: S or (H, W) of the result, in pixels.
-        augmentation: by default none: the picture is resized and its centre taken, as in evaluation.
-        seed: of the order and of the augmentation.
-        process_index: this process is the p-th of
-        process_count: P, and gets rows p*B/P to (p+1)*B/P - 1 of each batch.
+        augmentation: None for none: the image is resized and its centre cropped, as in evaluation.
+        seed: sets the order and the augmentation.
+        process_index: p: this process gets rows p*B/P to (p+1)*B/P - 1 of each batch.
+        process_count: P, the number of processes.
         num_threads: threads that make batches ahead, each one batch: num_threads + 1 batches are in memory. 0 makes
             them in the caller's thread.
-        num_workers: processes for it instead, when threads are held up by Python; num_threads is then shared among
-            them. They are spawned: the program's main module needs its `if __name__ == "__main__"`. Batches come back
-            through shared memory, of which containers often have little (/dev/shm).
-        on_corrupt: "stop": CorruptImage, naming the file. "drop": the next sample that can be decoded takes its place;
-            a warning names the file once.
+        num_workers: worker processes that make batches, for when Python's lock limits threads; they share num_threads.
+            They are spawned, so the program's main module needs its `if __name__ == "__main__"`. Batches pass through
+            shared memory, of which containers often have little (/dev/shm).
+        on_corrupt: "stop": raise CorruptImage, which names the file. "drop": take the next sample that can be decoded
+            instead; a warning names the file once.
+        exif_rotation: turn images upright by their EXIF orientation (phone photographs). Training on ImageNet
+            traditionally ignores it. Latents are turned when they are encoded.
 
     Returns:
-        An iterator of {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,), "replaced": int, how many images of the
-        batch were corrupt}; its `state()` and `restore()` go with a checkpoint. Of latents "mean" and "log_variance",
-        (B/P, h, w, c) each, stand in the place of "image".
+        An iterator of {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,), "replaced": int, number of corrupt images
+        in the batch}. Its `state()` and `restore()` go with a checkpoint. Latents come as "mean" and "log_variance",
+        (B/P, h, w, c) each, instead of "image".
 
     Raises:
         ValueError: an argument out of range, or an empty source.
     """
-    readers = _Readers(batch_size, process_index, process_count, num_threads, num_workers)
-    size, augmentation = _size(image_size), augmentation or Augmentation()
+    readers = Readers(batch_size, process_index, process_count, num_threads, num_workers)
+    size, augmentation = image_shape(image_size), augmentation or Augmentation()
     if isinstance(source, Latents):
         return Batches(LatentTrainingLoader(source, size, augmentation, seed), readers)
-    return Batches(TrainingLoader(source, size, on_corrupt, augmentation, seed), readers)
+    return Batches(TrainingLoader(source, size, on_corrupt, exif_rotation, augmentation, seed), readers)
 
 
 class EvaluationBatches:
     """An iterator over this process's evaluation batches; see `evaluation_batches`.
 
     Attributes:
-        dropped: corrupt images that were masked out so far, in this process.
+        dropped: number of corrupt images masked out so far in this process.
     """
 
-    def __init__(self, load: EvaluationLoader | LatentEvaluationLoader, readers: _Readers):
+    def __init__(self, load: EvaluationLoader | LatentEvaluationLoader, readers: Readers):
         self._batches = -(-len(load.source) // readers.batch_size)
         samples = grain.MapDataset.range(self._batches * readers.batch_size)
-        self._iterator: grain.DatasetIterator | None = readers.iterate(samples, load)
+        self._iterator: Stream | None = readers.iterate(samples, load)
         self._warned: set[str] = set()
         self.dropped = 0
 
     def __len__(self) -> int:
-        """Number of batches in all, the same in every process."""
+        """Number of batches, the same in every process."""
         return self._batches
 
     def __iter__(self) -> Self:
@@ -239,48 +199,44 @@ def evaluation_batches(
     num_threads: int = 8,
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "stop",
+    exif_rotation: bool = False,
 ) -> EvaluationBatches:
-    """Every sample once, in order: resized (bicubic, antialiased), centre cropped.
+    """Every sample once, in order: resized (bicubic, antialiased) and cropped at the centre.
 
     Args:
-        source: where the images come from.
+        source: images or latents.
         batch_size: B, over all processes. The last batch is padded with black images, mask False.
         image_size: S or (H, W) of the result, in pixels.
-        resize: short side before cropping, such as 256 for 224. None: S / 0.875, except that an image which already
-            has the right size is taken as it is.
+        resize: short side in pixels before cropping, such as 256 for 224. None: S / 0.875, but an image that has the
+            right size already is not resized.
         process_index: see `training_batches`.
         process_count: see `training_batches`.
         num_threads: see `training_batches`.
         num_workers: see `training_batches`.
-        on_corrupt: "stop": CorruptImage, naming the file. "drop": mask False, a warning names the file, and the
-            iterator's `dropped` counts it.
+        on_corrupt: "stop": raise CorruptImage, which names the file. "drop": mask False; a warning names the file, and
+            the iterator's `dropped` counts it.
+        exif_rotation: see `training_batches`.
 
     Returns:
-        An iterator of {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,), "mask": bool (B/P,)}, with the same
-        number of batches, its `len`, in every process. Of latents "mean" and "log_variance" stand in the place of
-        "image".
+        An iterator of {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,), "mask": bool (B/P,)}. Its length is the
+        same in every process. Latents come as "mean" and "log_variance" instead of "image".
 
     Raises:
         ValueError: an argument out of range, or an empty source.
     """
-    readers = _Readers(batch_size, process_index, process_count, num_threads, num_workers)
-    size = _size(image_size)
-    if resize is not None and resize < min(size):
-        raise ValueError(f"resize: expected at least the image size {min(size)}, got {resize}")
+    readers = Readers(batch_size, process_index, process_count, num_threads, num_workers)
+    size = image_shape(image_size)
+    if resize is not None:
+        check_integer("resize", resize, 1)
+        if resize < min(size):
+            raise ValueError(f"resize: expected at least the image size {min(size)}, got {resize}")
     if isinstance(source, Latents):
         return EvaluationBatches(LatentEvaluationLoader(source, size), readers)
-    return EvaluationBatches(EvaluationLoader(source, size, on_corrupt, resize), readers)
-
-
-def _size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"image_size: expected a positive side or (height, width), got {image_size}")
-    return size
+    return EvaluationBatches(EvaluationLoader(source, size, on_corrupt, exif_rotation, resize), readers)
 
 
 def _warn(corrupt: list[str], warned: set[str], fate: str) -> None:
-    """Each corrupt image is worth one warning, not one per epoch."""
+    """Warns once for each corrupt image, not once per epoch."""
     for message in corrupt:
         if message not in warned:
             warned.add(message)

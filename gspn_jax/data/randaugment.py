@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 MAX_LEVEL = 10.0
-_PROBABILITY = 0.5  # of each chosen operation being carried out
-FILL = (124, 116, 104)  # what comes in at the edges: the mean colour of ImageNet
+_PROBABILITY = 0.5  # that a chosen operation is applied
+FILL = (124, 116, 104)  # colour beyond the edges: the mean colour of ImageNet
 _BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -22,7 +22,7 @@ def _affine(image: Image.Image, coefficients: tuple[float, float, float, float, 
 
 
 def rotate(image: Image.Image, degrees: float) -> Image.Image:
-    """Counter-clockwise about the centre."""
+    """Rotates counter-clockwise about the centre."""
     return image.rotate(degrees, _BICUBIC, fillcolor=FILL)
 
 
@@ -53,32 +53,32 @@ def posterize(image: Image.Image, bits: float) -> Image.Image:
 
 
 def solarize(image: Image.Image, threshold: float) -> Image.Image:
-    """Inverts the values from the threshold up; 256 inverts none."""
+    """Inverts values >= threshold; 256 changes nothing."""
     return image.point([value if value < threshold else 255 - value for value in range(256)] * 3)
 
 
 def solarize_add(image: Image.Image, amount: float) -> Image.Image:
-    """Adds to the values below 128."""
+    """Adds `amount` to values below 128."""
     return image.point([min(255, value + int(amount)) if value < 128 else value for value in range(256)] * 3)
 
 
 def colour(image: Image.Image, factor: float) -> Image.Image:
-    """0 is grey, 1 the image, more is more colourful."""
+    """Changes saturation: 0 gives grey, 1 the image, more gives stronger colours."""
     return ImageEnhance.Color(image).enhance(factor)
 
 
 def contrast(image: Image.Image, factor: float) -> Image.Image:
-    """0 is the mean grey, 1 the image."""
+    """Changes contrast: 0 gives the mean grey, 1 the image."""
     return ImageEnhance.Contrast(image).enhance(factor)
 
 
 def brightness(image: Image.Image, factor: float) -> Image.Image:
-    """0 is black, 1 the image."""
+    """Changes brightness: 0 gives black, 1 the image."""
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
 def sharpness(image: Image.Image, factor: float) -> Image.Image:
-    """0 is smoothed, 1 the image, 2 sharpened."""
+    """Changes sharpness: 0 smooths, 1 gives the image, 2 sharpens."""
     return ImageEnhance.Sharpness(image).enhance(factor)
 
 
@@ -106,10 +106,10 @@ _GEOMETRY = {"rotate": 30.0, "shear_x": 0.3, "shear_y": 0.3, "translate_x": 0.45
 
 
 def amount(operation: str, level: float, *, increasing: bool, negative: bool) -> float:
-    """The argument that a graded operation takes at a level (0 to 10).
+    """Returns the argument of a graded operation at a level (0 to 10).
 
-    Degrees, slopes, shares of the side, bits kept, thresholds or factors, as the operation's own function says;
-    `negative` turns the direction where there is one.
+    Its unit is that of the operation's function: degrees, slopes, shares of the side, bits, thresholds or factors.
+    `negative` reverses the direction of operations that have one.
     """
     share = level / MAX_LEVEL
     sign = -1.0 if negative else 1.0
@@ -125,7 +125,7 @@ def amount(operation: str, level: float, *, increasing: bool, negative: bool) ->
 
 
 def apply(image: Image.Image, operation: str, level: float, *, increasing: bool, negative: bool) -> Image.Image:
-    """One operation of OPERATIONS on an RGB image."""
+    """Applies one operation of OPERATIONS to an RGB image."""
     if operation in _FIXED:
         return _FIXED[operation](image)
     return _GRADED[operation](image, amount(operation, level, increasing=increasing, negative=negative))
@@ -140,15 +140,15 @@ def randaugment(
     increasing: bool,
     operations: int,
 ) -> Image.Image:
-    """Chooses `operations` operations, with repetition, and carries out each with probability 1/2.
+    """Chooses `operations` operations, with repetition, and applies each with probability 1/2.
 
     Args:
         image: RGB.
-        rng: draws which, whether, how strong (normal about `magnitude`, clipped to 0..10) and which direction.
+        rng: chooses operations, levels (normal about `magnitude`, clipped to 0..10) and directions.
         magnitude: mean level, 0 to 10.
         std: standard deviation of the level.
         increasing: the variant in which a higher level is always a stronger change.
-        operations: how many are chosen.
+        operations: number of operations.
     """
     for choice in rng.integers(len(OPERATIONS), size=operations):
         if rng.random() >= _PROBABILITY:

@@ -1,5 +1,6 @@
 """Top-1 and top-5 accuracy: exact counts over every image once."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ def count_batch(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[s
     """Returns counts of one batch, () int32 each, and its summed cross entropy, () float32. Traceable.
 
     Args:
-        logits: (B, num_classes) float32. Ties go to the lower class, so equal logits do not count as right.
+        logits: (B, num_classes) float32. The lower class wins a tie, so equal logits are not all right.
         labels: (B,) int32.
         mask: (B,) bool; False rows are padding.
     """
@@ -35,12 +36,12 @@ def accuracy(
     """Returns top1 and top5 in percent, the mean loss, and the number of images.
 
     Args:
-        count: batch on the device -> what `count_batch` returns.
-        batches: host batches; all processes must have equally many.
-        place: brings a batch to the devices.
+        count: batch on the device -> the counts of `count_batch`.
+        batches: host batches; every process must have the same number.
+        place: moves a batch to the devices.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: there is no image, or the loss is NaN or Inf.
     """
     pending: list[dict[str, jax.Array]] = []
     totals: dict[str, Any] = {"images": 0, "top1": 0, "top5": 0, "loss": 0.0}
@@ -53,10 +54,14 @@ def accuracy(
 
     for batch in batches:
         pending.append(count(place(batch)))
-        drain(keep=2)  # a few batches ahead of the device, not all of them
+        drain(keep=2)  # at most a few batches wait for the device
     drain(keep=0)
     if not totals["images"]:
         raise ValueError("batches: expected at least one image, got none")
+    if not math.isfinite(totals["loss"]):
+        raise ValueError(
+            f"loss: expected a finite number, got {totals['loss']}: the parameters or the logits are wrong"
+        )
     images = totals["images"]
     return {
         "top1": 100.0 * totals["top1"] / images,

@@ -1,7 +1,7 @@
-"""Scores of generated images: Frechet distances, inception score, precision and recall, from features.
+"""Scores of generated images from features: Frechet distances, inception score, precision and recall.
 
-Moments and inception scores are running sums in float64: memory does not grow with the number of images. Precision and
-recall keep the features and compare them block by block.
+Moments and inception scores are running sums in float64, so memory does not grow with the number of images. Precision
+and recall keep the features and compare them block by block.
 """
 
 import dataclasses
@@ -21,21 +21,24 @@ class RunningMoments:
 
     def __post_init__(self):
         self.count = 0
-        self._shift: np.ndarray | None = None  # the first mean: sums of what lies near zero lose no digits
+        self._shift: np.ndarray | None = None  # mean of the first batch: sums of numbers near zero lose no digits
         self._sum = np.zeros(self.features)
         self._products = np.zeros((self.features, self.features))
 
     def add(self, batch: np.ndarray) -> None:
-        """batch: (B, features) of any float dtype.
+        """Adds a batch.
+
+        Args:
+            batch: (B, features), of any float dtype.
 
         Raises:
-          ValueError: another shape, or values that are not finite.
+            ValueError: another shape, or values that are not finite.
         """
         batch = np.asarray(batch, np.float64)
         if batch.ndim != 2 or batch.shape[1] != self.features:
             raise ValueError(f"batch: expected shape (B, {self.features}), got {batch.shape}")
         if not np.all(np.isfinite(batch)):
-            raise ValueError("batch: expected finite features, got others")
+            raise ValueError("batch: expected finite features, got NaN or Inf")
         if self._shift is None and len(batch):
             self._shift = batch.mean(axis=0)
         if len(batch):
@@ -45,10 +48,10 @@ class RunningMoments:
             self._products += batch.T @ batch
 
     def moments(self) -> Moments:
-        """Of all that came; the covariance is divided by count - 1.
+        """Returns mean and covariance of all batches; the covariance is divided by count - 1.
 
         Raises:
-          ValueError: fewer than two samples.
+            ValueError: fewer than two samples.
         """
         if self.count < 2 or self._shift is None:
             raise ValueError(f"count: expected at least 2 samples, got {self.count}")
@@ -58,11 +61,11 @@ class RunningMoments:
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two normal distributions (arXiv 1706.08500)."""
+    """Returns |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two normal distributions (arXiv 1706.08500)."""
     (mean, covariance), (other_mean, other_covariance) = one, other
     if mean.shape != other_mean.shape:
         raise ValueError(f"other: expected {mean.shape[0]} features, got {other_mean.shape[0]}")
-    # The trace of a root of S1 S2 is that of R S2 R, symmetric, with R the root of S1.
+    # The root of S1 S2 has the same trace as the root of R S2 R, which is symmetric; R is the root of S1.
     values, vectors = np.linalg.eigh(covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     shared = np.linalg.eigvalsh(root @ other_covariance @ root)
@@ -71,25 +74,24 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
 
 class RunningInceptionScore:
-    """exp E KL(p(y | x) || p(y)) (arXiv 1606.03498) of parts of images that come in batches.
-
-    Args:
-      count: images in all.
-      splits: parts of about one size, in order.
-    """
+    """Inception score exp E KL(p(y | x) || p(y)) (arXiv 1606.03498) of images that come in batches."""
 
     def __init__(self, count: int, splits: int = 10):
+        """Args:
+        count: number of images.
+        splits: parts of about equal size, in order, each with its own score.
+        """
         if not 1 <= splits <= count:
             raise ValueError(f"count: expected at least {splits} images, one for each split, got {count}")
         self._ends = np.cumsum([len(part) for part in np.array_split(np.arange(count), splits)])
         self._seen = 0
-        self._shares: list[Any] = [0.0] * splits  # sums of p(y | x), of each part
+        self._shares: list[Any] = [0.0] * splits  # sums of p(y | x) of each part
         self._negative_entropies = np.zeros(splits)
 
     def add(self, logits: np.ndarray) -> None:
-        """logits: (B, classes), of the next images. ValueError for another shape or more images than were said."""
+        """Adds logits (B, classes) of the next images. ValueError for another shape or more than `count` images."""
         if logits.ndim != 2 or self._seen + len(logits) > self._ends[-1]:
-            raise ValueError(f"logits: expected (B, classes) of {self._ends[-1]} images, got {logits.shape}")
+            raise ValueError(f"logits: expected (B, classes) of {self._ends[-1]} images in all, got {logits.shape}")
         logits = np.asarray(logits, np.float64)
         shifted = logits - logits.max(axis=1, keepdims=True)
         log_shares = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -101,7 +103,7 @@ class RunningInceptionScore:
         self._seen += len(logits)
 
     def score(self) -> tuple[float, float]:
-        """Mean and deviation over the parts. ValueError before all images were seen."""
+        """Returns mean and standard deviation over the parts. ValueError if images are missing."""
         if self._seen != self._ends[-1]:
             raise ValueError(f"count: expected {self._ends[-1]} images, got {self._seen}")
         scores = []
@@ -116,14 +118,15 @@ class RunningInceptionScore:
 def precision_and_recall(
     reference: np.ndarray, samples: np.ndarray, *, neighbours: int = 3, block: int = 1000
 ) -> tuple[float, float]:
-    """Shares of samples near the reference, and of the reference near samples (arXiv 1904.06991).
+    """Returns the share of samples near the reference and the share of the reference near samples (arXiv 1904.06991).
 
-    A point is near a set if it lies in the ball of some member that reaches to this member's k-th neighbour in the set.
+    A point is near a set if it lies in the ball about some member whose radius is the distance to that member's k-th
+    neighbour in the set.
 
     Args:
-      reference, samples: (N, D) and (M, D), more than `neighbours` each.
-      neighbours: k.
-      block: rows of distances that are in memory at a time.
+        reference, samples: (N, D) and (M, D), more than `neighbours` rows each.
+        neighbours: k.
+        block: rows of distances in memory at a time.
     """
     for name, features in (("reference", reference), ("samples", samples)):
         if features.ndim != 2 or len(features) <= neighbours or features.shape[1] != reference.shape[1]:
@@ -136,7 +139,7 @@ def precision_and_recall(
 
 
 def _radii(features: np.ndarray, neighbours: int, block: int) -> np.ndarray:
-    """Squared distance of each to its k-th neighbour other than itself."""
+    """Returns the squared distance of each row to its k-th neighbour, itself not counted."""
     nearest = [np.partition(part, neighbours, axis=1)[:, neighbours] for part in _distances(features, features, block)]
     return np.concatenate(nearest)
 
@@ -147,7 +150,7 @@ def _share_within(points: np.ndarray, centres: np.ndarray, radii: np.ndarray, bl
 
 
 def _distances(rows: np.ndarray, columns: np.ndarray, block: int) -> Iterator[np.ndarray]:
-    """Squared distances of so many rows at a time to all columns."""
+    """Yields squared distances of `block` rows at a time to all columns."""
     columns = np.asarray(columns, np.float64)
     squares = np.sum(columns**2, axis=1)
     for start in range(0, len(rows), block):

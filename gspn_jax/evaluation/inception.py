@@ -1,7 +1,7 @@
-"""Inception-v3 as the Frechet inception distance uses it: TensorFlow's network of 2015 with 1,008 outputs.
+"""The Inception-v3 of the Frechet inception distance: TensorFlow's network of 2015 with 1,008 outputs.
 
-It differs from the Inception-v3 of classifiers in its pools (averages leave the border out, and the last block takes a
-maximum) and in how images are resized.
+It differs from the usual Inception-v3 in its pools (averages ignore the padding, the last block takes a maximum) and
+in how it resizes images.
 """
 
 from collections.abc import Mapping
@@ -12,14 +12,17 @@ import numpy as np
 from flax import nnx
 
 SIZE = 299
-SPATIAL_CHANNELS = 7  # of "mixed_6_conv"
+SPATIAL_CHANNELS = 7  # that sFID takes of "mixed_6_conv"
 
 
 class ConvNorm(nnx.Module):
-    """Convolution, batch norm by stored statistics, ReLU. Padded to keep the resolution, but for stride 2."""
+    """Convolution, batch norm with stored statistics, ReLU. Padding keeps the resolution unless the stride is 2."""
 
     def __init__(self, shape: tuple[int, int, int, int], *, rngs: nnx.Rngs):
-        """shape: (rows, columns, inputs, outputs) of the kernel."""
+        """Args:
+        shape: (rows, columns, inputs, outputs) of the kernel.
+        rngs: of the parameters.
+        """
         *size, inputs, outputs = shape
         self.conv = nnx.Conv(inputs, outputs, tuple(size), padding="VALID", use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(outputs, epsilon=1e-3, use_running_average=True, rngs=rngs)
@@ -37,18 +40,22 @@ class ConvNorm(nnx.Module):
 class Inception(nnx.Module):
     """uint8 images (B, H, W, 3) to features by name.
 
-    "64", "192", "768", "2048": (B, that many), averages over the map after the first and second pool, Mixed_6e and
-    Mixed_7c. "logits_unbiased": (B, 1008), without the bias. "mixed_6_conv": (B, 17, 17, 7), what sFID takes.
+    "64", "192", "768", "2048": (B, 64) and so on, averages of the map after the first and second pool, Mixed_6e and
+    Mixed_7c. "logits_unbiased": (B, 1008), without the bias. "mixed_6_conv": (B, 17, 17, 7), for sFID.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int, int, int]], outputs: int, *, rngs: nnx.Rngs):
-        """shapes: of the kernels, by the names of `CONVOLUTIONS`; outputs: of the last layer."""
+        """Args:
+        shapes: of the kernels, by the names of `CONVOLUTIONS`.
+        outputs: of the last layer.
+        rngs: of the parameters.
+        """
         self.convs = nnx.Dict({name: ConvNorm(shapes[name], rngs=rngs) for name in CONVOLUTIONS})
         self.logits = nnx.Linear(2048, outputs, use_bias=False, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Raises ValueError unless images are uint8 (B, H, W, 3)."""
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8:
+        """Returns the features, float32. ValueError unless images are uint8 (B, H, W, 3), H and W at least 1."""
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8 or 0 in images.shape[1:3]:
             raise ValueError(f"images: expected uint8 (B, H, W, 3), got {images.dtype.name} {images.shape}")
         features = {}
         x = (resized(images.astype(jnp.float32), SIZE) - 128) / 128
@@ -88,7 +95,7 @@ class Inception(nnx.Module):
         return jnp.concatenate([*parts, _max_pool(x)], axis=-1)
 
     def _split_block(self, block: str, x: jax.Array, pooled: jax.Array) -> jax.Array:
-        """Two of its branches end in a row and a column beside each other."""
+        """Returns a block in which two branches end in a 1x3 and a 3x1 convolution, concatenated."""
         parts = [self._chain(block, ["1x1"], x)]
         for start, ends in ((["3x3_1"], "3x3_2"), (["3x3dbl_1", "3x3dbl_2"], "3x3dbl_3")):
             middle = self._chain(block, start, x)
@@ -97,7 +104,7 @@ class Inception(nnx.Module):
 
 
 def resized(images: jax.Array, size: int) -> jax.Array:
-    """(B, size, size, C) by the bilinear interpolation of TensorFlow 1: pixel i is taken at i * in / out."""
+    """Returns (B, size, size, C) by TensorFlow 1's bilinear interpolation: pixel i lies at i * old side / size."""
     for axis in (1, 2):
         length = images.shape[axis]
         place = np.arange(size) * (length / size)
@@ -126,7 +133,7 @@ def _mean_pool(x: jax.Array) -> jax.Array:
 
 
 def _names() -> list[str]:
-    """Of all convolutions, as the published parameters name them."""
+    """Returns the names of all convolutions, as in the published parameters."""
     branches = {
         "5bcd": ["1x1", *_numbered("5x5", 2), *_numbered("3x3dbl", 3), "_pool"],
         "6a": ["3x3", *_numbered("3x3dbl", 3)],

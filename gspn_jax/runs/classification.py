@@ -1,17 +1,17 @@
 """Runs of image classifiers."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gspn_jax.batching import batched
 from gspn_jax.runs.description import sizes_of
 from gspn_jax.runs.run import Picture, Run
 from gspn_jax.training.mixing import MixingOptions
-from gspn_jax.training.sharding import pad_rows
 from gspn_jax.training.tasks.classification import Classification
 
 # What the parameters' shapes do not show, with the values of a model that does not say.
@@ -62,7 +62,7 @@ class ClassifierRun(Run):
         answers = []
         for start in range(0, len(pictures), _BATCH):
             part = pictures[start : start + _BATCH]
-            logits = self._logits(pad_rows(part, min(_BATCH, len(pictures))))[: len(part)]
+            logits = self._logits(part)
             shares, classes = jax.device_get(jax.lax.top_k(jax.nn.softmax(logits), count))
             for row_shares, row_classes in zip(shares, classes, strict=True):
                 names = [self.class_names[label] for label in row_classes]
@@ -71,15 +71,15 @@ class ClassifierRun(Run):
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Returns (B, F) float32, the input of the head, of uint8 images (B, H, W, 3) as they are (not resized)."""
-        return np.asarray(self._features(images))
+        return self._features(images)
 
     @functools.cached_property
-    def _logits(self) -> Any:
-        return jax.jit(functools.partial(self.task.logits, jax.tree.map(jnp.asarray, self.params)))
+    def _logits(self) -> Callable[[np.ndarray], np.ndarray]:
+        return batched(self.task.logits, self.params, _BATCH)
 
     @functools.cached_property
-    def _features(self) -> Any:
-        return jax.jit(functools.partial(self.task.features, jax.tree.map(jnp.asarray, self.params)))
+    def _features(self) -> Callable[[np.ndarray], np.ndarray]:
+        return batched(self.task.features, self.params, _BATCH)
 
     def computation(self) -> dict[str, Any]:
         options = {**_DEFAULTS, **sizes_of(self.description)}

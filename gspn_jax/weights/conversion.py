@@ -134,9 +134,9 @@ def _classifier(
         raise ValueError(f"resize: expected 0 or at least image_size = {image_size}, got {resize}")
     options = {**nvlabs_classifier_sizes(arrays), "stem_stride": 4}
     count = options.pop("num_classes")
-    name = _preset(models.MODELS, options, stem_stride=4, expansion=1.5, mlp_ratio=4.0)
+    name = _preset("classifier", options, stem_stride=4, expansion=1.5, mlp_ratio=4.0)
     if global_stages is None:
-        global_stages = models.MODELS[name]["global_stages"] if name else (2, 3)
+        global_stages = models.PRESETS[name].options["global_stages"] if name else (2, 3)
     chosen: Any = dict(alignment=alignment, chunk=chunk, global_stages=tuple(global_stages))
     model = nvlabs_classifier(arrays, **chosen)
     size: dict[str, Any] = dict(image_size=image_size, resize=resize)
@@ -158,7 +158,7 @@ def _generator(
     **denoising: Any,
 ) -> tuple[nnx.Module, dict[str, Any]]:
     sizes = nvlabs_generator_sizes(arrays)
-    name = _preset(models.GENERATORS, sizes, proxy_rank=max(sizes["width"] // 16, 1))
+    name = _preset("generator", sizes, proxy_rank=max(sizes["width"] // 16, 1))
     chosen: Any = dict(alignment=alignment, chunk=chunk, global_blocks=tuple(global_blocks))
     described = _denoiser(name, "generator", sizes | chosen, **denoising)
     return nvlabs_generator(arrays, **chosen), described
@@ -168,11 +168,11 @@ def _dit(
     arrays: Mapping[str, np.ndarray], *, num_heads: int | None = None, **denoising: Any
 ) -> tuple[nnx.Module, dict[str, Any]]:
     sizes = facebook_dit_sizes(arrays)
-    heads = {preset["width"]: preset["num_heads"] for preset in models.DITS.values()}
+    heads = {sizes["width"]: sizes["num_heads"] for sizes in _presets("dit").values()}
     if num_heads is None and sizes["width"] not in heads:
         raise ValueError(f"num_heads: expected a number, since no published DiT has width {sizes['width']}; got none")
     chosen: Any = dict(num_heads=heads[sizes["width"]] if num_heads is None else num_heads)
-    name = _preset(models.DITS, sizes | chosen, mlp_ratio=4.0)
+    name = _preset("dit", sizes | chosen, mlp_ratio=4.0)
     described = _denoiser(name, "dit", sizes | chosen, **denoising)
     return facebook_dit(arrays, **chosen), described
 
@@ -198,9 +198,15 @@ def _denoiser(
     }
 
 
-def _preset(presets: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, Any], **defaults: Any) -> str | None:
+def _presets(network: str) -> dict[str, dict[str, Any]]:
+    """The sizes of each preset of a network, its mixer's included."""
+    found = {name: preset for name, preset in models.PRESETS.items() if preset.network == network}
+    return {name: {**preset.options, **preset.mixer_options} for name, preset in found.items()}
+
+
+def _preset(network: str, sizes: Mapping[str, Any], **defaults: Any) -> str | None:
     """The preset with these sizes; `defaults` holds what presets leave out."""
-    for name, preset in presets.items():
+    for name, preset in _presets(network).items():
         full = {**defaults, **preset}
         if all(full[key] == sizes[key] for key in full if key in sizes):
             return name

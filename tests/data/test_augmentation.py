@@ -147,14 +147,19 @@ def test_full_recipe_depends_on_the_generator_alone():
     ("field", "value", "message"),
     [
         ("crop", "random", r"crop: expected one of .* got 'random'"),
-        ("crop_scale", (0.0, 1.0), r"crop_scale: expected 0 < least"),
+        ("crop_scale", (0.0, 1.0), r"crop_scale: expected 0 < smallest"),
         ("crop_scale", (0.9, 0.5), r"crop_scale: .*got \(0.9, 0.5\)"),
-        ("crop_padding", -1, "crop_padding: expected 0 to inf, got -1"),
+        ("crop_padding", -1, "crop_padding: expected at least 0, got -1"),
         ("randaugment_magnitude", 11, "randaugment_magnitude: expected 0 to 10.0, got 11"),
         ("randaugment_std", -0.5, "randaugment_std"),
         ("randaugment_ops", -1, "randaugment_ops"),
         ("color_jitter", -0.1, "color_jitter"),
         ("erasing", 1.5, "erasing: expected 0 to 1, got 1.5"),
+        ("erasing", float("nan"), "erasing: expected 0 to 1, got nan"),
+        ("color_jitter", "strong", "color_jitter: expected 0 to inf, got 'strong'"),
+        ("crop_padding", 1.5, "crop_padding: expected an integer, got 1.5"),
+        ("crop_scale", "all", "crop_scale: .*got 'all'"),
+        ("flip", "yes", "flip: expected True or False, got 'yes'"),
     ],
 )
 def test_bad_values_are_named(field, value, message):

@@ -102,6 +102,21 @@ def test_a_file_that_went_away_is_not_called_corrupt(tmp_path):
         source[1]
 
 
+def test_a_loop_of_links_is_a_corrupt_image(tmp_path):
+    pictures.write_folder(tmp_path, train=2, val=1, classes=1)
+    (tmp_path / "train/class_0/02.jpg").symlink_to("02.jpg")
+    (tmp_path / "train/loop").symlink_to("loop")  # not a class
+    dataset = data.load("image_folder", str(tmp_path))
+    assert dataset.class_names == ("class_0",)
+    batches = {
+        mode: data.evaluation_batches(dataset.train, batch_size=3, image_size=8, num_threads=0, on_corrupt=mode)
+        for mode in ("stop", "drop")
+    }
+    assert next(batches["drop"])["mask"].tolist() == [True, True, False]
+    with pytest.raises(data.CorruptImage, match=r"02.jpg: expected a regular file, got a loop of symbolic links"):
+        next(batches["stop"])
+
+
 def test_val_alone_is_enough_to_evaluate(tmp_path):
     pictures.write_folder(tmp_path)
     whole = data.load("image_folder", str(tmp_path))

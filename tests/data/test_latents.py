@@ -9,7 +9,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gspn_jax import data
-from gspn_jax.data.sources.latents import LatentRecord, shard_files
+from gspn_jax.data.sources.latent_manifest import shard_files
+from gspn_jax.data.sources.latents import LatentRecord
 
 SHAPE = (2, 3, 4)
 COUNTS = {"train": 5, "test": 2}
@@ -83,9 +84,9 @@ def test_evaluation_batches_are_masked(tmp_path: Path):
 
 
 @pytest.mark.parametrize("augmentation,size,words", [
-    (dict(flip=True), 24, "augmentation.flip: expected False, since these latents were encoded without mirror images"),
-    (dict(crop="padded"), 24, "augmentation: expected none but flip, as latents allow"),
-    ({}, 32, r"image_size: expected 24, as the latents were made of, got \(32, 32\)"),
+    (dict(flip=True), 24, "augmentation.flip: expected False, because these latents were encoded without mirror"),
+    (dict(crop="padded"), 24, "augmentation: expected flip only, because these are latents"),
+    ({}, 32, r"image_size: expected 24, as the images that were encoded, got \(32, 32\)"),
 ])  # fmt: skip
 def test_what_latents_cannot_give(tmp_path: Path, augmentation: dict[str, Any], size: int, words: str):
     source = data.load("latents", write(tmp_path, copies=1)).train
@@ -114,11 +115,58 @@ def test_images_that_are_missing(tmp_path: Path):
     assert len(data.load("latents", str(tmp_path)).train) == 5
 
 
+@pytest.mark.parametrize("change,words", [
+    ("[]", "expected a JSON object, got list"),
+    ("{", "Expecting property name"),
+    ("[" * 100_000, "maximum recursion depth"),
+    ({"shape": [2, 3]}, r"shape: expected three integers >= 1, got \[2, 3\]"),
+    ({"shape": "2, 3, 4"}, "shape: expected three integers >= 1, got 2, 3, 4"),
+    ({"dtype": 3}, "dtype: expected float16 or float32, got 3"),
+    ({"copies": 0}, "copies: expected 1 or 2, got 0"),
+    ({"class_names": []}, r"class_names: expected a list of names, got \[\]"),
+    ({"shards": {"train": 10**12, "test": 1}}, "shards: expected 1 to 99999 for train and test, got "),
+    ({"shards": 3}, "shards: expected 1 to 99999 for train and test, got 3"),
+    ({"images": {"train": 5}}, "images: expected numbers of images for train and test, got "),
+    ({"scale": float("nan")}, "scale: expected a positive number, got nan"),
+    ({"autoencoder": "abc"}, "autoencoder: expected an object with sha256, got abc"),
+    ({"on_corrupt": None}, "on_corrupt: expected stop or drop, got None"),
+    ({"files": {"train/a": 3}}, "files: expected bytes and sha256 of each shard, got "),
+])  # fmt: skip
+def test_malformed_manifests(tmp_path: Path, change: Any, words: str):
+    write(tmp_path)
+    file = tmp_path / "manifest.json"
+    file.write_text(change if isinstance(change, str) else json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"^path: expected a folder of latents with manifest.json, got .*: {words}"):
+        data.load("latents", str(tmp_path))
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path):
+    write(tmp_path)
+    file = shard_files(tmp_path, "train", 3)[1]
+    whole = file.read_bytes()
+    used = [place for place in range(0, len(whole), 16) if any(whole[place : place + 16])]  # the rest is padding
+    assert len(used) > 20
+    named = 0
+    for place in used:
+        file.write_bytes(whole[:place] + bytes(byte ^ 0xFF for byte in whole[place : place + 16]) + whole[place + 16 :])
+        try:
+            source = data.load("latents", str(tmp_path)).train
+            for index in range(5):
+                mean, _, _ = source.latents(index)
+                np.testing.assert_array_equal(mean, moments(index)[0, 0])  # never a wrong value
+        except ValueError as error:
+            assert "train/00001-of-00003.array_record" in str(error) and "damaged" in str(error), error
+            named += 1
+    assert named > len(used) / 2
+
+
 def test_records_of_another_form():
     layout = LatentRecord(SHAPE, "float16")
-    with pytest.raises(ValueError, match="moments: expected finite float16"):
+    with pytest.raises(ValueError, match="moments: expected numbers within float16, got 1e.06"):
         layout.packed(np.full((1, 2, *SHAPE), 1e6), 0)
-    with pytest.raises(ValueError, match="moments: expected finite float16"):
+    with pytest.raises(ValueError, match="moments: expected finite numbers, got NaN or Inf"):
+        layout.packed(np.full((1, 2, *SHAPE), np.nan), 0)
+    with pytest.raises(ValueError, match=r"moments: expected shape \(1, 2, 2, 3, 4\), got \(2, 2, 2, 3, 4\)"):
         layout.packed(moments(0), 0)
     with pytest.raises(ValueError, match="record: expected 100 bytes, got 3"):
         layout.unpacked(b"abc")

@@ -287,6 +287,11 @@ def test_evaluation_masks_corrupt_images_out_and_counts_them(tmp_path, caplog):
         ({"image_size": (8, 8, 3)}, "image_size: expected a positive side"),
         ({"on_corrupt": "ignore"}, r"on_corrupt: expected one of \('stop', 'drop'\), got 'ignore'"),
         ({"source": Numbered(0)}, "source: expected at least one sample"),
+        ({"batch_size": 4.0}, "batch_size: expected an integer, got 4.0"),
+        ({"num_threads": None}, "num_threads: expected an integer, got None"),
+        ({"image_size": 8.5}, "image_size: expected a positive side or .* got 8.5"),
+        ({"image_size": "8"}, "image_size: expected a positive side or .* got '8'"),
+        ({"exif_rotation": "yes"}, "exif_rotation: expected True or False, got 'yes'"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -302,3 +307,7 @@ def test_bad_arguments_of_one_of_them():
         batches(Numbered(20), seed=-1)
     with pytest.raises(ValueError, match="resize: expected at least the image size 8, got 7"):
         data.evaluation_batches(Numbered(20), batch_size=4, image_size=8, resize=7)
+    with pytest.raises(ValueError, match="resize: expected at least 1, got 0"):
+        data.evaluation_batches(Numbered(20), batch_size=4, image_size=8, resize=0)
+    with pytest.raises(ValueError, match="resize: expected an integer, got 9.5"):
+        data.evaluation_batches(Numbered(20), batch_size=4, image_size=8, resize=9.5)  # pyright: ignore[reportArgumentType]

@@ -88,7 +88,7 @@ def test_fashion_mnist_faults_are_named(tmp_path):
     path = tmp_path / "t10k-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.gz: expected an idx file, which cannot be read"):
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.gz: expected a readable idx file, got "):
         data.load("fashion_mnist", str(tmp_path))
     path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
     with pytest.raises(ValueError, match=r"\(10, 28, 28\) = 7840 bytes of data, got 7839"):
@@ -130,6 +130,16 @@ def test_npz_repeats_grey_to_rgb(tmp_path):
         ({"y_train": np.array([-1, *range(11)])}, r"split train: labels: expected 0 to 10 .* got -1 at sample 0"),
         ({"x_test": np.zeros((0, 5, 4, 3), np.uint8), "y_test": np.zeros(0, int)}, "split test: .*got an empty split"),
         ({"y_train": np.array([object()] * 12)}, r"expected an .npz file with"),
+        (
+            {"y_train": np.array([0, 1, 10**12, *range(9)])},
+            "bad.npz: y_train: expected labels below 1,048,576, got 1,000,000,000,000 at sample 2",
+        ),
+        ({"y_train": np.full(12, -5)}, "num_classes: expected 1 to 1,048,576, got -4"),
+        ({"y_train": np.zeros((12, 2), int)}, r"y_train: expected integers \(N,\), got int64 \(12, 2\)"),
+        (
+            {"x_train": np.zeros((12, 0, 4, 3), np.uint8)},
+            r"split train: images: expected at least one row and one column, got \(12, 0, 4, 3\)",
+        ),
     ],
 )
 def test_npz_faults_are_named(tmp_path, changed, message):
@@ -138,7 +148,7 @@ def test_npz_faults_are_named(tmp_path, changed, message):
 
 
 def test_npz_that_is_none(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.npz', which is no file"):
+    with pytest.raises(ValueError, match="nowhere.npz', which is not a file"):
         data.load("npz", str(tmp_path / "nowhere.npz"))
     (tmp_path / "text.npz").write_text("no array")
     with pytest.raises(ValueError, match=r"path: expected an .npz file with .*text.npz"):
@@ -176,8 +186,11 @@ def test_fake_is_repeatable_and_its_classes_differ():
         ("image_folder", "", {}, "path: expected a folder.*got None"),
         ("tfds", None, {}, "path: expected the folder.*got None"),
         ("fake", None, {"size": 3}, r"fake: expected options among \['image_size', .*got \['size'\]"),
-        ("fake", None, {"train_size": 0}, "train_size: expected at least one sample, got 0"),
-        ("fake", None, {"image_size": 0}, "image_size: expected at least 1, got 0"),
+        ("fake", None, {"train_size": 0}, "train_size: expected at least 1, got 0"),
+        ("fake", None, {"image_size": 0}, "image_size: expected a positive side or .*, got 0"),
+        ("fake", None, {"image_size": (8, 8, 8)}, r"image_size: expected a positive side or .*, got \(8, 8, 8\)"),
+        ("fake", None, {"num_classes": 10**12}, "num_classes: expected 1 to 1,048,576, got 1,000,000,000,000"),
+        ("fake", None, {"seed": -1}, "seed: expected at least 0, got -1"),
     ],
 )
 def test_load_names_what_is_wrong(name, path, options, message):

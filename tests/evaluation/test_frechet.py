@@ -77,7 +77,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="count: expected at least 10 images, one for each split, got 5"):
         RunningInceptionScore(5)
     score = RunningInceptionScore(10)
-    with pytest.raises(ValueError, match=r"logits: expected \(B, classes\) of 10 images, got \(11, 3\)"):
+    with pytest.raises(ValueError, match=r"logits: expected \(B, classes\) of 10 images in all, got \(11, 3\)"):
         score.add(np.zeros((11, 3)))
     with pytest.raises(ValueError, match="count: expected 10 images, got 0"):
         score.score()

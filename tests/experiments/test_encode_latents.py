@@ -1,6 +1,5 @@
-"""Images to latents, a generator trained on them, and images out of it, by a tiny autoencoder."""
+"""Images to latents, a generator trained on them, and images from it, with a tiny autoencoder."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,78 +18,76 @@ from gspn_jax.weights import diffusers_autoencoder
 
 with np.load(Path(__file__).parents[1] / "golden" / "autoencoder_tiny.npz") as saved:
     ARRAYS = {name.removeprefix("param/"): saved[name] for name in saved.files if name.startswith("param/")}
-OPTIONS: Any = dict(image_size=8, norm_groups=8, images_per_shard=500, batch_size=240)
+OPTIONS: Any = dict(image_size=8, norm_groups=8, images_per_shard=40, batch_size=40)
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]) -> str:
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """48 training and 16 held-out images of 8x8 pixels."""
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    fake = data.load("fake", image_size=8, train_size=48, test_size=16)
+    arrays = {}
+    for split in ("train", "test"):
+        pixels, labels = zip(*(getattr(fake, split)[n] for n in range(len(getattr(fake, split)))), strict=True)
+        arrays |= {f"x_{split}": np.stack(pixels), f"y_{split}": np.array(labels)}
+    np.savez(path, allow_pickle=False, **arrays)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = str(tmp_path_factory.mktemp("autoencoder") / "vae.safetensors")
-    save_file({name: np.ascontiguousarray(array) for name, array in ARRAYS.items()}, path)
-    return path
+    return save(tmp_path_factory.mktemp("autoencoder") / "vae.safetensors", ARRAYS)
 
 
 @pytest.fixture(scope="module")
-def latents(autoencoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("latents")
-    write = encode_latents._write
-
-    def interrupted(file: Path, records: Any) -> int:
-        if file.name.startswith("00001"):
-            next(records)
-            raise KeyboardInterrupt
-        return write(file, records)
-
-    encode = functools.partial(encode_latents.run, "digits", None, autoencoder, str(folder), **OPTIONS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode_latents, "_write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            encode()
-    with pytest.raises(ValueError, match="3 shards of split train, but 2 are missing"):
-        data.load("latents", str(folder))
-    assert encode() == 937 + 360  # what the first 500 left
-    assert encode() == 0
-    return str(folder)
+def latents(images: str, autoencoder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("latents"))
+    assert encode_latents.run("npz", images, autoencoder, folder, **OPTIONS) == 48 + 16
+    return folder
 
 
-def test_latents_are_those_of_the_autoencoder(latents: str):
-    dataset, digits = data.load("latents", latents), data.load("digits")
-    assert len(dataset.train) == 1437 and len(dataset.test) == 360 and dataset.class_names == digits.class_names
+def test_latents_are_those_of_the_autoencoder(images: str, latents: str):
+    dataset, source = data.load("latents", latents), data.load("npz", images)
+    assert len(dataset.train) == 48 and len(dataset.test) == 16 and dataset.class_names == source.class_names
     network = diffusers_autoencoder(ARRAYS, norm_groups=8)
-    for index in (0, 700, 1436):
-        image, label = digits.train[index]
-        sides = np.stack([image, image[:, ::-1]]) / np.float32(127.5) - 1
-        want = np.stack(jax.jit(network.encode)(sides), axis=1)
+    chosen = [0, 39, 40, 47]
+    pixels = np.stack([source.train[index][0] for index in chosen])
+    both = np.concatenate([pixels, pixels[:, :, ::-1]]) / np.float32(127.5) - 1
+    want = np.stack(jax.jit(network.encode)(both), axis=1)
+    for row, index in enumerate(chosen):
         for copy in range(2):
-            mean, log_variance, found = dataset.train.latents(index, copy)
-            assert found == label
-            np.testing.assert_allclose([mean, log_variance], want[copy], rtol=2e-3, atol=1e-3)  # float16
+            mean, log_variance, label = dataset.train.latents(index, copy)
+            assert label == source.train[index][1]
+            np.testing.assert_allclose([mean, log_variance], want[row + 4 * copy], rtol=2e-3, atol=1e-3)  # float16
 
 
-def test_other_settings_are_refused(autoencoder: str, latents: str):
-    with pytest.raises(ValueError, match=r"output: .* holds latents of other settings.*: copies \(there 2\)"):
-        encode_latents.run("digits", None, autoencoder, latents, flip=False, **OPTIONS)
-    with pytest.raises(ValueError, match=r"output: .*: images_per_shard \(there 500\)"):
-        encode_latents.run("digits", None, autoencoder, latents, **{**OPTIONS, "images_per_shard": 400})
-    with pytest.raises(ValueError, match="scale: expected a positive number, got 0"):
-        encode_latents.run("digits", None, autoencoder, latents, scale=0, **OPTIONS)
-    with pytest.raises(ValueError, match="autoencoder: .*: norm_groups: expected a divisor"):
-        encode_latents.run("digits", None, autoencoder, latents, **{**OPTIONS, "norm_groups": 5})
-    with pytest.raises(ValueError, match="image_size: expected a multiple of "):
-        encode_latents.run("digits", None, autoencoder, latents, **{**OPTIONS, "image_size": 9})
-    with pytest.raises(ValueError, match="data: expected images, got latents"):
-        encode_latents.run("latents", latents, autoencoder, latents, **OPTIONS)
-    with pytest.raises(ValueError, match=r"autoencoder: expected a safetensors file, got .*\.json"):
-        encode_latents.run("digits", None, f"{latents}/manifest.json", latents, **OPTIONS)
+def test_wrong_autoencoders(images: str, autoencoder: str, latents: str, tmp_path: Path):
+    def refuse(words: str, path: str = autoencoder, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=words):
+            encode_latents.run("npz", images, path, latents, **OPTIONS | changes)
+
+    name = "encoder.conv_in.weight"
+    broken = save(tmp_path / "nan.safetensors", ARRAYS | {name: ARRAYS[name] * np.float32(np.nan)})
+    refuse(rf"autoencoder: .*nan.safetensors: .*expected finite numbers in {name}, got NaN or Inf", broken)
+    refuse("autoencoder: .*: norm_groups: expected a divisor", norm_groups=5)
+    refuse("image_size: expected a multiple of ", image_size=9)
+    refuse(r"autoencoder: expected .*, got .*\.json", f"{latents}/manifest.json")
+    refuse(r"output: expected the settings .*\(copies=2\), got copies=1", flip=False)
 
 
 def test_a_generator_of_latents(autoencoder: str, latents: str, tmp_path: Path):
     config = generator.get_config("sit_b2")
     config.data.update({"path": latents, "image_size": 8, "num_threads": 1})
     config.model.update({"width": 8, "depth": 1, "num_heads": 2, "patch": 1, "dtype": "float32"})
-    config.update({"batch_size": 96, "steps": 2, "intervals": {"log_steps": 1}})
+    config.update({"batch_size": 48, "steps": 2, "intervals": {"log_steps": 1}})
     workdir = str(tmp_path / "run")
     numbers = train.run(config, workdir).evaluation
-    assert numbers["images"] == 360 and 0 < numbers["loss"] < 5
+    assert numbers["images"] == 16 and 0 < numbers["loss"] < 5
     manifest = json.loads((Path(latents) / "manifest.json").read_text())
     with pytest.raises(ValueError, match="autoencoder: expected a safetensors file, since this network draws latents"):
         Generator(workdir)

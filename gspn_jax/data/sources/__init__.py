@@ -1,4 +1,4 @@
-"""Where images come from: one file per family, all behind the protocol in protocol.py."""
+"""Data sources: one file per family; protocol.py says what they offer."""
 
 import inspect
 from collections.abc import Callable
@@ -28,12 +28,12 @@ def load(name: str, path: str | None = None, **options: Any) -> Dataset:
 
     Args:
         name: one of SOURCES.
-        path: where it is: a file for "npz", a folder for "image_folder", "latents", "tfds" and (optional)
-            "fashion_mnist", None or "" for "digits" and "fake".
-        options: what the source's own function takes besides.
+        path: a file for "npz", a folder for "image_folder", "latents", "tfds" and (optional) "fashion_mnist", None or
+            "" for "digits" and "fake".
+        options: further arguments of the source's function.
 
     Raises:
-        ValueError: unknown name or option, missing path, or whatever is wrong with the data, in one line.
+        ValueError: unknown name or option, missing path, or wrong data; the message is one line.
     """
     if name not in SOURCES:
         raise ValueError(f"name: expected one of {', '.join(sorted(SOURCES))}, got {name!r}")

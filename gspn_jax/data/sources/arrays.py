@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gspn_jax.data.sources.protocol import ArraySource, Dataset, check_class_names
+from gspn_jax.data.sources.protocol import MAX_CLASSES, ArraySource, Dataset, check_class_names
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -40,7 +40,8 @@ def npz(
         class_names: by default "0", "1", ...
 
     Raises:
-        ValueError: no such file, not an .npz file, a missing array, or arrays that `ArraySource` refuses.
+        ValueError: no such file, not an .npz file, a missing array, labels that ask for more than MAX_CLASSES classes,
+            or arrays that `ArraySource` refuses.
     """
     if path is None:
         raise ValueError("path: expected an .npz file with x_train, y_train, x_test, y_test, got None")
@@ -50,9 +51,14 @@ def npz(
             arrays[key] = arrays[key][:, 0]
     if num_classes is None:
         labels = arrays["y_train"]
-        if not labels.size or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"{path}: y_train: expected integers, got {labels.dtype} {labels.shape}")
-        num_classes = int(labels.max()) + 1
+        if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{path}: y_train: expected integers (N,), got {labels.dtype} {labels.shape}")
+        largest = int(labels.argmax())
+        num_classes = int(labels[largest]) + 1
+        if num_classes > MAX_CLASSES:
+            got = f"{labels[largest]:,} at sample {largest}"
+            raise ValueError(f"{path}: y_train: expected labels below {MAX_CLASSES:,}, got {got}")
+    names = check_class_names(class_names, num_classes)
     splits: dict[str, Any] = {
         split: ArraySource(
             arrays[f"x_{split}"], arrays[f"y_{split}"], name=f"{path}, split {split}", num_classes=num_classes
@@ -62,14 +68,14 @@ def npz(
     return Dataset(
         name=pathlib.Path(path).stem,
         num_classes=num_classes,
-        class_names=check_class_names(class_names, num_classes),
+        class_names=names,
         **splits,
     )
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise ValueError(f"path: expected an .npz file, got {str(path)!r}, which is no file")
+        raise ValueError(f"path: expected an .npz file, got {str(path)!r}, which is not a file")
     try:
         with path.open("rb") as file:
             saved = np.load(file, allow_pickle=False)

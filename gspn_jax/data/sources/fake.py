@@ -1,15 +1,16 @@
-"""Synthetic images for tests and benchmarks: nothing to download, and something to learn."""
+"""Synthetic images for tests and benchmarks: nothing to download, and classes that a network can learn."""
 
 import dataclasses
 
 import numpy as np
 
+from gspn_jax.data.arguments import check_integer, image_shape
 from gspn_jax.data.sources.protocol import Dataset, check_class_names
 
 
 @dataclasses.dataclass(frozen=True)
 class Stripes:
-    """Coloured stripes under noise: the class sets their direction and colour, chance their phase and the noise.
+    """Coloured stripes with noise: the class sets direction and colour, a random number the phase.
 
     Sample i has label i % num_classes and is the same on every access, in every process.
     """
@@ -61,17 +62,15 @@ def fake(
         seed: another seed gives other images.
 
     Raises:
-        ValueError: a path, or a size that is not positive.
+        ValueError: a path, or a number out of range.
     """
     if path is not None:
         raise ValueError(f"path: expected None, because fake images are made on access, got {path!r}")
-    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-    for name, value in (("image_size", min(size)), ("num_classes", num_classes)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    for name, value in (("train_size", train_size), ("test_size", test_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least one sample, got {value}")
+    size = image_shape(image_size)
+    check_integer("num_classes", num_classes, 1)
+    check_integer("train_size", train_size, 1)
+    check_integer("test_size", test_size, 1)
+    check_integer("seed", seed, 0)
     return Dataset(
         name="fake",
         num_classes=num_classes,

@@ -12,7 +12,7 @@ CLASS_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-# Where Debian's package dataset-fashion-mnist puts the files.
+# The folder of Debian's package dataset-fashion-mnist.
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
 _PREFIX = {"train": "train", "test": "t10k"}
 
@@ -21,8 +21,8 @@ def fashion_mnist(path: str | None = None) -> Dataset:
     """Fashion-MNIST: uint8 (28, 28, 3), 10 classes.
 
     Args:
-        path: folder of the four idx files (`train-images-idx3-ubyte` and so on, plain or .gz); None for the place
-            where Debian's package dataset-fashion-mnist puts them.
+        path: folder of the four idx files (`train-images-idx3-ubyte` and so on, plain or .gz); None for the folder of
+            Debian's package dataset-fashion-mnist.
 
     Raises:
         ValueError: a missing or damaged file.
@@ -30,7 +30,7 @@ def fashion_mnist(path: str | None = None) -> Dataset:
     folder = pathlib.Path(path or DEBIAN_FOLDER)
     if not folder.is_dir():
         hint = "" if path else " (apt install dataset-fashion-mnist puts it there; or give the path of the idx files)"
-        raise ValueError(f"path: expected a folder of Fashion-MNIST idx files, got {str(folder)!r}: no folder{hint}")
+        raise ValueError(f"path: expected a folder of Fashion-MNIST idx files, got {str(folder)!r}: not a folder{hint}")
     splits = {}
     for split, prefix in _PREFIX.items():
         images = read_idx(_find(folder, f"{prefix}-images-idx3-ubyte"), dimensions=3)
@@ -48,11 +48,11 @@ def _find(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def read_idx(path: pathlib.Path, *, dimensions: int) -> np.ndarray:
-    """A uint8 array from an idx file: two zero bytes, 8 (unsigned bytes), the number of axes, their lengths, data."""
+    """Reads a uint8 array from an idx file: two zero bytes, 8 (unsigned bytes), number of axes, their lengths, data."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: expected an idx file, which cannot be read: {error}") from error
+        raise ValueError(f"{path}: expected a readable idx file, got {error}") from error
     header = 4 + 4 * dimensions
     if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
         raise ValueError(f"{path}: expected an idx file of {dimensions} axes of bytes, got a header {data[:4]!r}")

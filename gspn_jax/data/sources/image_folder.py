@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 
+from gspn_jax.data import decoding
 from gspn_jax.data.sources.protocol import Dataset, FileSource
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
@@ -25,8 +26,7 @@ class ImageFolder(FileSource):
         return len(self.labels)
 
     def encoded(self, index: int, /) -> tuple[bytes, int]:
-        with open(self.describe(index), "rb") as file:
-            return file.read(), int(self.labels[index])
+        return decoding.read_file(self.describe(index)), int(self.labels[index])
 
     def describe(self, index: int, /) -> str:
         return os.path.join(self.folder, self.class_names[self.labels[index]], os.fsdecode(bytes(self.files[index])))
@@ -36,8 +36,8 @@ def image_folder(path: str | None = None) -> Dataset:
     """Images of any size and number in root/train/CLASS/ and root/val/CLASS/; the classes are train's sorted folders.
 
     Files whose name starts with a dot or has no image extension (jpg, jpeg, png, webp, bmp, ppm, tif, tiff, gif, in
-    any case) are left out. A class may be missing in val, which suits small validation sets, but not in train. Without
-    a folder train the classes are val's, and nothing can be trained on: enough to evaluate.
+    any case) are left out. A class may be missing in val, because validation sets may be small, but not in train.
+    Without a folder train the classes are those of val: enough to evaluate.
 
     Args:
         path: the root folder.
@@ -72,20 +72,35 @@ def _class_names(root: pathlib.Path, split: str) -> list[str]:
     folder = root / split
     if not folder.is_dir():
         raise ValueError(f"path: expected a folder with train/ and val/, got {str(root)!r}, where {split}/ is missing")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if _is_class(entry) and not entry.name.startswith("."))
     if not names:
         raise ValueError(f"{folder}: expected one folder per class, got none")
     return names
 
 
 def _image_files(folder: pathlib.Path) -> list[bytes]:
-    """Sorted names of the image files of a folder; none where val lacks the class."""
+    """Sorted names of the image files of a folder; empty if val lacks the class."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
         names = [
             entry.name
             for entry in entries
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and _is_image(entry)
         ]
     return [os.fsencode(name) for name in sorted(names)]
+
+
+def _is_class(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of symbolic links
+        return False
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a loop of symbolic links: a corrupt image, which the pipeline reports or drops
+        return True

@@ -1,36 +1,38 @@
-"""Latents of images, as `experiments.encode_latents` writes them: a folder with a manifest, and records in shards.
+"""Latents of images, as `gspn_jax.data.encoding` writes them: a folder with a manifest, and records in shards.
 
     FOLDER/manifest.json
     FOLDER/train/00000-of-00128.array_record, ...
     FOLDER/test/...
 
-A record is a label, then the mean and the log variance of the image's latents, and the same of its mirror image where
-mirror images were encoded.
+A record is a label, then the mean and the log variance of the image's latents, and those of its mirror image if mirror
+images were encoded.
 """
 
 import dataclasses
-import json
 import pathlib
+from collections.abc import Mapping
+from concurrent import futures
 from typing import Any
 
 import grain
 import numpy as np
 
+from gspn_jax.data.sources.latent_manifest import SPLITS, read_manifest, shard_files
 from gspn_jax.data.sources.protocol import Dataset, LatentSpace
 
-MANIFEST = "manifest.json"
-SPLITS = ("train", "test")
 _LABEL = np.dtype("<i4")
+_READERS = 16  # threads: opening shards waits for the disk, not for the processor
+_REPAIR = "the same encode_latents command writes it again"
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentRecord:
-    """How latents are laid out in a record.
+    """Layout of a record.
 
     Attributes:
         shape: (H, W, C) of the latents.
         dtype: of the stored numbers, "float16" or "float32".
-        copies: 2 where the mirror image is there too, else 1.
+        copies: 2 if the mirror image is included, else 1.
     """
 
     shape: tuple[int, int, int]
@@ -46,19 +48,27 @@ class LatentRecord:
             raise ValueError(f"copies: expected 1 or 2, got {self.copies}")
 
     def packed(self, moments: np.ndarray, label: int) -> bytes:
-        """moments: (copies, 2, H, W, C), of each copy the mean, then the log variance.
+        """Returns a record.
+
+        Args:
+            moments: (copies, 2, H, W, C): of each copy the mean, then the log variance.
+            label: of the image.
 
         Raises:
-            ValueError: another shape, or numbers that the dtype cannot hold.
+            ValueError: another shape, NaN, Inf, or numbers too large for the dtype.
         """
+        if moments.shape != self._moments:
+            raise ValueError(f"moments: expected shape {self._moments}, got {moments.shape}")
+        if not np.all(np.isfinite(moments)):
+            raise ValueError("moments: expected finite numbers, got NaN or Inf")
         with np.errstate(over="ignore"):
             stored = moments.astype(np.dtype(self.dtype).newbyteorder("<"))
-        if stored.shape != self._moments or not np.all(np.isfinite(stored)):
-            raise ValueError(f"moments: expected finite {self.dtype} of shape {self._moments}, got {moments.shape}")
+        if not np.all(np.isfinite(stored)):
+            raise ValueError(f"moments: expected numbers within {self.dtype}, got {np.abs(moments).max():.3g}")
         return np.array(label, _LABEL).tobytes() + stored.tobytes()
 
     def unpacked(self, record: bytes, copy: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
-        """(mean (H, W, C), log variance (H, W, C), label) of the image, or of copy 1, its mirror image.
+        """Returns (mean (H, W, C), log variance (H, W, C), label) of the image or, with copy 1, of its mirror image.
 
         Raises:
             ValueError: a record of another length.
@@ -79,41 +89,61 @@ class LatentRecord:
 class LatentRecords:
     """One split, by index, in the order of the images."""
 
-    def __init__(self, files: list[str], layout: LatentRecord, *, name: str, image_size: int, num_classes: int):
-        self.records: Any = grain.sources.ArrayRecordDataSource(files)
-        self.layout, self.name, self.image_size, self.num_classes = layout, name, image_size, num_classes
+    def __init__(self, files: list[pathlib.Path], layout: LatentRecord, *, image_size: int, num_classes: int):
+        """Opens the shards; ValueError, which names the file, for a damaged one."""
+        self.files, self.layout, self.image_size, self.num_classes = (
+            list(map(str, files)),
+            layout,
+            image_size,
+            num_classes,
+        )
         self.shape, self.copies = layout.shape, layout.copies
+        with futures.ThreadPoolExecutor(_READERS) as pool:
+            self._shards = list(pool.map(open_shard, self.files))
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
 
     def __len__(self) -> int:
-        return len(self.records)
+        return int(self._ends[-1])
 
     def latents(self, index: int, copy: int = 0, /) -> tuple[np.ndarray, np.ndarray, int]:
-        """(mean, log variance, label); copy 1 is the mirror image. ValueError for a record that is none of these."""
+        """Returns (mean, log variance, label); copy 1 is the mirror image. ValueError for a damaged record."""
+        number, position = self._place(index)
         try:
-            mean, log_variance, label = self.layout.unpacked(self.records[index], copy)
-        except ValueError as error:
-            raise ValueError(f"{self.describe(index)}: {error}") from error
+            mean, log_variance, label = self.layout.unpacked(self._shards[number][position], copy)
+        except (RuntimeError, ValueError) as error:  # array_record's message is often empty
+            raise ValueError(f"{self.describe(index)}: damaged{_because(error)}; {_REPAIR}") from error
         if not 0 <= label < self.num_classes:
             raise ValueError(f"{self.describe(index)}: label: expected 0 to {self.num_classes - 1}, got {label}")
         return mean, log_variance, label
 
     def describe(self, index: int, /) -> str:
-        return f"{self.name}, record {index}"
+        number, position = self._place(index)
+        return f"{self.files[number]}, record {position}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns the shard of an image and its position in that shard."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - (int(self._ends[number - 1]) if number else 0)
 
 
-def shard_files(folder: pathlib.Path, split: str, count: int) -> list[pathlib.Path]:
-    """The files of a split, in order."""
-    return [folder / split / f"{number:05d}-of-{count:05d}.array_record" for number in range(count)]
+def open_shard(file: str) -> Any:
+    """Returns the records of a shard, by index; ValueError, which names the file, if it is damaged."""
+    try:
+        return grain.sources.ArrayRecordDataSource([file])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{file}: damaged shard{_because(error)}; {_REPAIR}") from error
 
 
 def latents(path: str | None = None) -> Dataset:
-    """Latents of a dataset. Images come as their latents' mean and log variance, to be drawn anew each time.
+    """Latents of a dataset: the mean and log variance of each image, from which training draws anew each time.
 
     Args:
-        path: the folder that `experiments.encode_latents` wrote.
+        path: a folder that `gspn_jax.data.encoding.encode_dataset` wrote.
 
     Raises:
-        ValueError: no such folder, no readable manifest, or shards that are still missing.
+        ValueError: no such folder, a malformed manifest, or shards that are missing or damaged.
     """
     if path is None:
         raise ValueError("path: expected a folder of latents, got None")
@@ -124,14 +154,8 @@ def latents(path: str | None = None) -> Dataset:
     sources: dict[str, Any] = {}
     for split in SPLITS:
         files = shard_files(folder, split, manifest["shards"][split])
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(
-                f"path: expected {len(files)} shards of split {split}, but {len(missing)} are missing, such as "
-                f"{missing[0]}; the same encode_latents command goes on"
-            )
-        options: Any = dict(image_size=manifest["image_size"], num_classes=len(names))
-        sources[split] = LatentRecords(list(map(str, files)), layout, name=f"{path}, split {split}", **options)
+        _check_files(folder, split, files, manifest["files"])
+        sources[split] = LatentRecords(files, layout, image_size=manifest["image_size"], num_classes=len(names))
         count, expected = len(sources[split]), manifest["images"][split]
         if not count or count > expected or (count < expected and manifest["on_corrupt"] != "drop"):
             raise ValueError(f"path: expected {expected} images in split {split} of {path}, got {count}")
@@ -139,14 +163,20 @@ def latents(path: str | None = None) -> Dataset:
     return Dataset("latents", len(names), names, **sources, latents=space)
 
 
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """Raises ValueError where there is none, or none of this kind."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        needed = {"shape", "dtype", "copies", "class_names", "shards", "image_size", "scale", "autoencoder", "images"}
-        needed |= {"on_corrupt"}
-        if needed - set(manifest):
-            raise ValueError(f"it lacks {', '.join(sorted(needed - set(manifest)))}")
-        return manifest
-    except (OSError, ValueError) as error:
-        raise ValueError(f"path: expected a folder of latents with {MANIFEST}, got {str(folder)!r}: {error}") from error
+def _check_files(
+    folder: pathlib.Path, split: str, files: list[pathlib.Path], checksums: Mapping[str, Mapping[str, Any]]
+) -> None:
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(
+            f"path: expected {len(files)} shards of split {split}, but {len(missing)} are missing, such as "
+            f"{missing[0]}; the same encode_latents command writes them"
+        )
+    for file in files:
+        expected = checksums.get(file.relative_to(folder).as_posix())
+        if expected is not None and file.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{file}: expected {expected['bytes']:,} bytes, got {file.stat().st_size:,}; {_REPAIR}")
+
+
+def _because(error: Exception) -> str:
+    return f" ({' '.join(str(error).split())})" if str(error).strip() else ""

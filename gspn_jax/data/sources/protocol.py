@@ -1,4 +1,4 @@
-"""What the pipeline asks of a data source: random access by index, nothing else."""
+"""What a data source must offer: random access by index."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from gspn_jax.data import decoding
+
+MAX_CLASSES = 2**20
 
 
 class Source(Protocol):
@@ -17,7 +19,7 @@ class Source(Protocol):
         ...
 
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, int]:
-        """(image uint8 (H, W, 3), of any size; label). CorruptImage when it cannot be decoded."""
+        """Returns (image uint8 (H, W, 3), of any size; label). Raises CorruptImage if it cannot be decoded."""
         ...
 
     def describe(self, index: int, /) -> str:
@@ -30,7 +32,7 @@ class EncodedSource(Source, Protocol):
     """A source of compressed files: the pipeline decodes them itself, no larger than a crop needs."""
 
     def encoded(self, index: int, /) -> tuple[bytes, int]:
-        """(contents of the image file, label)."""
+        """Returns (contents of the image file, label). Raises CorruptImage if it is not a regular file."""
         ...
 
 
@@ -39,9 +41,9 @@ class Latents(Protocol):
     """Latents of images with labels, by index.
 
     Attributes:
-        shape: (H, W, C) of them.
-        image_size: side of the images.
-        copies: 2 where mirror images are there too, else 1.
+        shape: (H, W, C) of the latents.
+        image_size: side of the images in pixels.
+        copies: 2 if latents of mirror images are included, else 1.
     """
 
     shape: tuple[int, int, int]
@@ -53,7 +55,7 @@ class Latents(Protocol):
         ...
 
     def latents(self, index: int, copy: int = 0, /) -> tuple[np.ndarray, np.ndarray, int]:
-        """(mean, log variance, label), of the image or, copy 1, of its mirror image."""
+        """Returns (mean, log variance, label) of an image or, with copy 1, of its mirror image."""
         ...
 
     def describe(self, index: int, /) -> str:
@@ -63,10 +65,12 @@ class Latents(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpace:
-    """Attributes:
-    shape: (H, W, C) of the latents of an image.
-    scale: what a network multiplies them with.
-    autoencoder: SHA-256 of the file of parameters that made them; "" where it is not known.
+    """Which latents a dataset holds.
+
+    Attributes:
+        shape: (H, W, C) of the latents of an image.
+        scale: a network takes latents multiplied by this number.
+        autoencoder: SHA-256 of the autoencoder's file; "" if unknown.
     """
 
     shape: tuple[int, int, int]
@@ -76,7 +80,15 @@ class LatentSpace:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A training and a held-out `Source` with the same classes; `Latents` where `latents` says of what kind."""
+    """A training and a held-out source with the same classes.
+
+    Attributes:
+        name: one of SOURCES, or the name that the data themselves have.
+        num_classes: number of classes.
+        class_names: their names, in the order of the labels.
+        train, test: a `Source` each; `Latents` if `latents` is set.
+        latents: which latents they are; None for images.
+    """
 
     name: str
     num_classes: int
@@ -93,9 +105,9 @@ class ArraySource:
         """Checks the arrays once, so that no sample needs a check later.
 
         Args:
-            images: uint8 (N, H, W, 3), or (N, H, W) or (N, H, W, 1) for grey ones, which are repeated to RGB on access.
+            images: uint8 (N, H, W, 3), or (N, H, W) or (N, H, W, 1) for grey images, which become RGB on access.
             labels: (N,) integers in [0, num_classes).
-            name: what messages call this source, for example "cifar10.npz, split train".
+            name: of this source in messages, for example "cifar10.npz, split train".
             num_classes: number of classes.
 
         Raises:
@@ -107,6 +119,8 @@ class ArraySource:
             images = images[..., 0]
         if not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)):
             raise ValueError(f"{name}: images: expected shape (N, H, W) or (N, H, W, 3), got {images.shape}")
+        if min(images.shape[1:3]) < 1:
+            raise ValueError(f"{name}: images: expected at least one row and one column, got {images.shape}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"{name}: labels: expected shape {images.shape[:1]}, one per image, got {labels.shape}")
         if not np.issubdtype(labels.dtype, np.integer):
@@ -132,7 +146,7 @@ class ArraySource:
 
 
 def check_labels(labels: np.ndarray, *, name: str, num_classes: int) -> None:
-    """ValueError with the first label outside [0, num_classes)."""
+    """Raises ValueError, which names the first label outside [0, num_classes)."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         first = int(wrong[0])
@@ -143,7 +157,13 @@ def check_labels(labels: np.ndarray, *, name: str, num_classes: int) -> None:
 
 
 def check_class_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """The names as a tuple, or "0", "1", ... where none are given."""
+    """Returns the names as a tuple; "0", "1", ... if they are None.
+
+    Raises:
+        ValueError: another number of names, or more classes than any data set has, such as one wrong label asks for.
+    """
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise ValueError(f"num_classes: expected 1 to {MAX_CLASSES:,}, got {num_classes:,}")
     if class_names is None:
         return tuple(str(number) for number in range(num_classes))
     if len(class_names) != num_classes:
@@ -152,7 +172,7 @@ def check_class_names(class_names: Sequence[str] | None, num_classes: int) -> tu
 
 
 class FileSource:
-    """The part that sources of compressed files share: `encoded` and `describe` give the rest."""
+    """A source of compressed image files; a subclass defines `__len__`, `encoded` and `describe`."""
 
     def encoded(self, index: int, /) -> tuple[bytes, int]:
         raise NotImplementedError

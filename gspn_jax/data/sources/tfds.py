@@ -1,7 +1,7 @@
 """Datasets that TensorFlow Datasets has prepared, read without TensorFlow.
 
-Both kinds of files are read at random, which is what makes batches reproducible and resumable: array_record has an
-index; for tfrecord files (the historical default of tfds) one is made at the start by walking over the records' heads.
+Reproducible and resumable batches need random access. array_record files have an index; for tfrecord files (the
+historical default of tfds) the source makes one at the start from the headers of the records.
 """
 
 import pathlib

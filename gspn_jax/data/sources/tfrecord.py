@@ -12,14 +12,14 @@ import numpy as np
 
 _HEAD = struct.Struct("<QI")
 _FOOT = 4
-_READERS = 16  # finding the records waits for the disk, not for the processor
+_READERS = 16  # threads: finding the records waits for the disk, not for the processor
 
 
 class TFRecords:
     """The records of several files in order, by index. Thread-safe, picklable."""
 
     def __init__(self, files: Sequence[str], lengths: np.ndarray):
-        """Walks over the head of every record once, several files at a time.
+        """Reads the header of every record once, several files at a time.
 
         Args:
             files: the shards, in order.
@@ -48,7 +48,7 @@ class TFRecords:
 
 
 def _offsets(file: str, expected: int) -> np.ndarray:
-    """Where each record's data begins and how long it is: int64 (expected, 2)."""
+    """Returns the offset and length of each record's data: int64 (expected, 2)."""
     found = []
     end = os.path.getsize(file)
     with open(file, "rb", buffering=0) as opened:
