@@ -1,6 +1,7 @@
 """What the commands share: flags of several processes, and mistakes answered by one line and exit code 1."""
 
 import functools
+import inspect
 import os
 import sys
 import threading
@@ -23,7 +24,7 @@ _MISTAKES = (ValueError, OSError, CheckpointError, NonFinite)
 _WRONG_FLAGS = (flags.Error, ValueError, TypeError, OSError)
 
 
-def start(main: Callable[[Sequence[str]], object], define_flags: Callable[[], object]) -> None:
+def start(main: Callable[..., object], define_flags: Callable[[], object]) -> None:
     """Defines the flags, parses the command line, joins other processes, runs `main` and exits.
 
     Flags are defined here and not on import, so that any two commands can be imported into one process.
@@ -53,14 +54,19 @@ def _parse(argv: list[str]) -> list[str]:
         fail(ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))  # from a configuration file
 
 
-def _guarded(main: Callable[[Sequence[str]], object], argv: list[str]) -> None:
+def _guarded(main: Callable[..., object], argv: list[str]) -> None:
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax reports every file that it writes as information
     if not FLAGS.traceback:
         _quieten()
     try:
         initialise(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
-        main(argv[1:])
+        if inspect.signature(main).parameters:
+            main(argv[1:])
+        elif argv[1:]:
+            raise ValueError(f"expected flags only, got {' '.join(argv[1:])}")
+        else:
+            main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

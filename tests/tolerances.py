@@ -1,12 +1,10 @@
-"""How close is close: the one table of tolerances by dtype, and the measure that every comparison uses."""
+"""The measure that every comparison uses, with the tolerances of `pallas_kernels.tolerances`."""
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-# RMS(error) / RMS(reference) that a result of the dtype may show against a reference of at least its precision.
-# The 16-bit rows are about twice the error of one rounding of the result: states are float32 whatever the dtype.
-TOLERANCES = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}
+from pallas_kernels.tolerances import TOLERANCES
 
 
 def rms_ratio(got: ArrayLike, want: ArrayLike) -> float:

@@ -29,6 +29,10 @@ class Card:
 
 
 H200 = Card("NVIDIA H200", (9, 0), 132, 227 * 1024)
+# Rates of an H200 for estimates.
+COPY_BANDWIDTH = 4.3e12  # bytes per second that a large copy reads and writes; the data sheet says 4.8e12
+MATRIX_FLOPS = 700e12  # per second, bfloat16 on the tensor cores; the data sheet says 989e12
+VECTOR_FLOPS = 60e12  # per second, float32 on the other units; the data sheet says 67e12
 
 _assumed: contextvars.ContextVar[Card | None] = contextvars.ContextVar("assumed_card", default=None)
 

@@ -7,12 +7,11 @@ import json
 import pathlib
 from typing import Any
 
-from pallas_kernels.mosaic.card import Card
+from pallas_kernels.mosaic.card import COPY_BANDWIDTH, Card
 
 MEASURED = pathlib.Path(__file__).with_name("measured_tiles.json")
 
 # The estimate's constants, for a Hopper card. They rank tiles; they are not promises of time.
-_BANDWIDTH = 4.3e12  # bytes per second, of a large copy
 _CLOCK = 1.7e9  # Hz
 # Counted in compiled kernels with logits: instructions of a thread for each line, and for each pixel and channel that
 # it holds, and its registers likewise.
@@ -215,7 +214,7 @@ class Work:
         half_sectors = tile.channels * 2 < 32 and tile.channels < self.channels
         line = max(
             # Of rows of less than 32 bytes, whole sectors travel from the cache.
-            active * moved * (1.5 if half_sectors else 1) / _BANDWIDTH,
+            active * moved * (1.5 if half_sectors else 1) / COPY_BANDWIDTH,
             together * instructions / _CLOCK,  # a multiprocessor issues one instruction of a warpgroup in a cycle
             together * tensor / _CLOCK,
             (waits + _DEPENDENT * instructions) / _CLOCK,

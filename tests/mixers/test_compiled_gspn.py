@@ -10,11 +10,11 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import deviceless
 from gspn_jax.mixers import GSPNMixer
 from pallas_kernels import UpProjection, propagate_low_rank, record_choices
+from pallas_kernels.mosaic import compile_only
 
-pytestmark = pytest.mark.skipif(bool(deviceless.missing()), reason=str(deviceless.missing()))
+pytestmark = pytest.mark.skipif(bool(compile_only.missing()), reason=str(compile_only.missing()))
 
 
 def kernels_of_a_step(remat: bool) -> dict[str, int]:
@@ -34,10 +34,10 @@ def kernels_of_a_step(remat: bool) -> dict[str, int]:
     x = jax.ShapeDtypeStruct((1, 8, 8, 32), jnp.bfloat16)
     # flax's layers mix float32 parameters with bfloat16 maps by the usual promotion.
     with jax.numpy_dtype_promotion("standard"), record_choices() as choices:
-        compilation = deviceless.compile_for_h200(step, state, jax.eval_shape(optimizer.init, state), x)
+        compilation = compile_only.compile_for_h200(step, state, jax.eval_shape(optimizer.init, state), x)
     assert {choice.implementation for choice in choices} == {"mosaic"}
     assert not any(kernel.spill_bytes for kernel in compilation.kernels)
-    return deviceless.kernel_counts(compilation.compiled)
+    return compile_only.kernel_counts(compilation.compiled)
 
 
 @pytest.mark.parametrize("remat,forward", [(False, 1), (True, 2)])
@@ -58,7 +58,7 @@ def test_maps_in_memory_are_not_kept_for_the_gradient():
             x = propagate_low_rank(x, x[..., :rank], of_layer, jnp.ones(4), implementation="mosaic", path="fused")
         return jnp.sum(x.astype(jnp.float32) ** 2)
 
-    compiled = deviceless.compile_for_h200(jax.grad(loss, argnums=(0, 1)), array(shape), up).compiled
+    compiled = compile_only.compile_for_h200(jax.grad(loss, argnums=(0, 1)), array(shape), up).compiled
     memory = compiled.memory_analysis()
     assert memory is not None
     maps = 24 * 2 * math.prod(shape)

@@ -7,21 +7,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import deviceless
-from experiments.deviceless import compile_for_h200
 from pallas_kernels import line_scan, line_scan_from_logits
+from pallas_kernels.mosaic import compile_only
 from pallas_kernels.mosaic.card import H200
+from pallas_kernels.mosaic.compile_only import compile_for_h200
 from pallas_kernels.mosaic.operations import Kernels
 from pallas_kernels.mosaic.tiles import Tile
 from tests.pallas_kernels.mosaic import cases
 
-pytestmark = pytest.mark.skipif(bool(deviceless.missing()), reason=str(deviceless.missing()))
+pytestmark = pytest.mark.skipif(bool(compile_only.missing()), reason=str(compile_only.missing()))
 
 # Loads and stores of global memory by threads, and of local memory, where registers are spilled.
 BY_THREADS = ("STG", "LDL", "STL", "ATOM", "RED")
 
 
-def assert_sound(kernel: deviceless.Kernel) -> None:
+def assert_sound(kernel: compile_only.Kernel) -> None:
     assert kernel.spill_bytes == kernel.stack_bytes == 0, kernel
     assert kernel.shared_memory <= H200.shared_memory and kernel.ctas_per_multiprocessor >= 1, kernel
     assert kernel.count("UTMALDG") >= 3, kernel.opcodes  # x, lam, weights

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import deviceless
 from pallas_kernels import UpProjection, propagate, propagate_low_rank
+from pallas_kernels.mosaic import compile_only
 from tests.pallas_kernels.mosaic import cases, propagation_cases
 from tests.pallas_kernels.mosaic.propagation_cases import AXES, IN_TURN, TILES, check, covering, product
 from tests.pallas_kernels.mosaic.test_compiled import assert_sound
@@ -50,14 +50,14 @@ def test_covering_cases_cover_every_allowed_pair_and_are_few():
     assert set(np.unique(cases.pairs(chosen, AXES))) == set(np.unique(cases.pairs(product(), AXES)))
 
 
-@pytest.mark.skipif(bool(deviceless.missing()), reason=str(deviceless.missing()))
+@pytest.mark.skipif(bool(compile_only.missing()), reason=str(compile_only.missing()))
 @pytest.mark.parametrize("case", propagation_cases.compiled(), ids=str)
 def test_compiled(case, planned):
     planned(TILES[case.tile])
     run = lambda *arrays: propagation_cases.y_and_gradients(case, "mosaic", *arrays)  # noqa: E731
-    compilation = deviceless.compile_for_h200(run, *case.arrays())
+    compilation = compile_only.compile_for_h200(run, *case.arrays())
     forward = {"propagation_on_chip": 1} if case.path.endswith("on_chip") else {"propagation_forward": 4}
-    assert deviceless.kernel_counts(compilation.compiled) == forward | {"propagation_backward": 4}
+    assert compile_only.kernel_counts(compilation.compiled) == forward | {"propagation_backward": 4}
     for kernel in compilation.kernels:
         assert_sound(kernel)
         products = sum(n for opcode, n in kernel.opcodes.items() if opcode.startswith("HGMMA"))

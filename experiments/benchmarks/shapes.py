@@ -1,6 +1,6 @@
-"""The maps at which kernels are compiled, checked and timed: where the papers timed theirs, and where models propagate.
+"""The maps at which kernels are compiled, checked and timed: those of the papers, and those of layers of models.
 
-Plain data: the standard library alone is needed to import it.
+Importing this file needs only the standard library.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 class KernelShape:
     """A map (batch, height, width, channels) whose weights have `weight_channels`, a divisor of `channels`.
 
-    `chunk`: lines after which the scans restart, None for never. `rank`: of a layer's proxy, 0 where there is no layer.
+    The scans restart after `chunk` lines, None for never. `rank` is the rank of a layer's proxy, 0 without a layer.
     """
 
     name: str
@@ -19,7 +19,7 @@ class KernelShape:
     height: int
     width: int
     channels: int
-    weight_channels: int = 0  # 0 stands for as many as channels, and is replaced by them
+    weight_channels: int = 0  # 0 is replaced by the number of channels
     chunk: int | None = None
     rank: int = 0
 
@@ -73,7 +73,7 @@ GSPN_B = (
     KernelShape("gspn_b_stage3_local", 128, 14, 14, 720, chunk=2, rank=8),
     KernelShape("gspn_b_stage4", 128, 7, 7, 1440, rank=8),
 )
-# The small classifier of the digits, where its maps are largest and no multiple of a tile.
+# The small classifier of the digits; its maps are no multiples of a tile.
 GSPN_NANO = (
     KernelShape("gspn_nano_stage1", 128, 28, 28, 48, chunk=2, rank=8),
     KernelShape("gspn_nano_stage2", 128, 14, 14, 96, rank=8),
@@ -122,8 +122,8 @@ SDXL = (
     KernelShape("sdxl_16k_level2", 2, 256, 512, 1280, rank=160),
 )
 
-# From which resolution on a mixer beats flash attention: with SDXL's maps, squares of 8 to 128 tokens a side at widths
-# 640 and 1280, batch 2; and at 1152, the width of diffusion transformers, batch 32.
+# To find the resolution from which GSPN beats flash attention: with SDXL's maps, squares of 8 to 128 tokens a side at
+# widths 640 and 1280, batch 2; and at 1152, the width of diffusion transformers, batch 32.
 CROSSOVER = (
     KernelShape("width640_8", 2, 8, 8, 640, rank=80),
     KernelShape("width640_16", 2, 16, 16, 640, rank=80),
@@ -163,17 +163,17 @@ GROUPS = {
 SHAPES = tuple(shape for group in GROUPS.values() for shape in group)
 # Layers of the same widths as others, at larger images.
 LARGER = (*GSPN_T_384, *GSPN_S_384, *GSPN_B_384, *GENERATORS_512)
-# Where a layer of a model propagates: in four directions.
+# Maps of layers, which propagate in four directions.
 LAYERS = (*GSPN_T, *GSPN_S, *GSPN_B, *GSPN_NANO, *GENERATORS, *SDXL, *LARGER)
-# The maps for which the cheapest kernels are looked up.
+# The maps in the table of variants.
 CHOSEN = (*LAYERS, *CROSSOVER, *SHARED)
 
 
 def select(names: Sequence[str]) -> tuple[KernelShape, ...]:
-    """The shapes of the named groups and the single named shapes, in the order of `SHAPES`.
+    """Returns the shapes of the named groups and the single named shapes, in the order of `SHAPES`.
 
     Raises:
-        ValueError: a name is neither a group's nor a shape's.
+        ValueError: a name belongs to no group and no shape.
     """
     wanted = set()
     for name in names:
@@ -183,3 +183,12 @@ def select(names: Sequence[str]) -> tuple[KernelShape, ...]:
             raise ValueError(f"shapes: expected some of {known}; got {name!r}")
         wanted.update(group)
     return tuple(shape for shape in SHAPES if shape in wanted)
+
+
+def select_layers(names: Sequence[str]) -> tuple[KernelShape, ...]:
+    """As `select`; ValueError for maps that have no proxy."""
+    chosen = select(names)
+    without = [shape.name for shape in chosen if not shape.rank]
+    if without:
+        raise ValueError(f"shapes: expected maps of layers, which have a proxy; got {', '.join(without)}")
+    return chosen
