@@ -34,7 +34,7 @@ def command() -> str:
     """Returns the command line of this process, with only the last part of absolute paths."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec else pathlib.Path(sys.argv[0]).stem
-    arguments = [re.sub(r"(?<=[=,])/[^,]*/(?=[^/,])", "", argument) for argument in sys.argv[1:]]
+    arguments = [re.sub(r"(^|(?<=[=,]))/[^,]*/(?=[^/,])", "", argument) for argument in sys.argv[1:]]
     return " ".join([f"python -m {name}", *arguments])
 
 

@@ -1,22 +1,19 @@
-"""How many images a second the input pipeline makes on one processor core, by recipe.
+"""Images per second that the input pipeline makes on one processor core, by recipe.
 
-    python -m experiments.benchmark_data --path=ROOT --output=experiments/results/benchmark_data.json
+    python -m experiments.benchmarks.data --data_path=ROOT --output=experiments/results/benchmark_data.json
 
-ROOT holds train/CLASS/FILE and val/CLASS/FILE. One thread makes the batches. The rate by processor time is what one
-core gives and hardly depends on what else the machine does; the rate by the clock should be near it on a quiet one.
+ROOT holds train/CLASS/FILE and val/CLASS/FILE. One thread makes the batches. The rate by processor time is the rate of
+one core and hardly depends on the machine's other work; the rate by the clock is close to it on a quiet machine.
 """
 
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
 import platform
-import re
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -34,7 +31,7 @@ BATCH_SIZE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Images per second of one thread; medians over repetitions."""
+    """Images per second on one thread; medians over repetitions."""
 
     pipeline: str
     image_size: int
@@ -44,7 +41,7 @@ class Rate:
 
 
 def pipelines(dataset: data.Dataset, image_size: int) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
-    """The recipes that are measured, each as a function that starts an endless stream of batches."""
+    """Returns the recipes by name, each as a function that starts an endless stream of batches."""
     config: Any = get_config("gspn_t")
     recipe = data.Augmentation(**config.augmentation.to_dict())
     plain = data.Augmentation(crop="resized", crop_scale=recipe.crop_scale, flip=True)
@@ -68,7 +65,7 @@ def pipelines(dataset: data.Dataset, image_size: int) -> dict[str, Callable[[], 
 
 
 def measure(name: str, start: Callable[[], Iterator[dict[str, Any]]], *, image_size: int, seconds: float) -> Rate:
-    """Makes batches for `seconds` in each of three repetitions, after a first batch that is not counted."""
+    """Makes batches for `seconds` in each of three repetitions, after a first batch that does not count."""
     stream = start()
     next(stream)
     counted, by_clock, by_processor = 0, [], []
@@ -84,14 +81,10 @@ def measure(name: str, start: Callable[[], Iterator[dict[str, Any]]], *, image_s
 
 
 def describe_run(dataset: data.Dataset) -> dict[str, Any]:
-    """What a measurement must be read with: command, date, commit, processor, versions, load, images."""
+    """Returns what a reader of the measurement must know: its stamp, versions, load and images."""
     shapes = np.array([dataset.train[index][0].shape[:2] for index in range(min(200, len(dataset.train)))])
-    arguments = [re.sub("^(--?path=).*", r"\1ROOT", argument) for argument in sys.argv[1:]]
     return {
-        "command": " ".join(["python -m experiments.benchmark_data", *arguments]),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": provenance.commit(),
-        "hardware": f"{provenance.processor()}, {os.cpu_count()} cores",
+        **provenance.stamp(),
         "load_average": round(os.getloadavg()[0], 2),
         "images": f"{len(dataset.train)} files, median {int(np.median(shapes[:, 1]))}x{int(np.median(shapes[:, 0]))}",
         "versions": {
@@ -102,9 +95,9 @@ def describe_run(dataset: data.Dataset) -> dict[str, Any]:
     }
 
 
-def benchmark(path: str, *, image_size: int, seconds: float) -> dict[str, Any]:
-    """Measures every pipeline on an image folder; returns what is written to the results file."""
-    dataset = data.load("image_folder", path)
+def benchmark(data_path: str, *, image_size: int, seconds: float) -> dict[str, Any]:
+    """Measures every pipeline on an image folder and returns the content of the results file."""
+    dataset = data.load("image_folder", data_path)
     about = describe_run(dataset)
     rates = []
     for name, start in pipelines(dataset, image_size).items():
@@ -116,17 +109,15 @@ def benchmark(path: str, *, image_size: int, seconds: float) -> dict[str, Any]:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("path", None, "Image folder with train/ and val/.", required=True)
-    flags.DEFINE_integer("image_size", 224, "Side of the images made, in pixels.", lower_bound=1)
+    flags.DEFINE_string("data_path", None, "Image folder with train/ and val/.", required=True)
+    flags.DEFINE_integer("image_size", 224, "Side of the images, in pixels.", lower_bound=1)
     flags.DEFINE_float("seconds", 10.0, "Length of each of the three repetitions.", lower_bound=0.0)
     flags.DEFINE_string("output", None, "JSON file to write.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv:
-        raise ValueError(f"expected flags only, got {' '.join(argv)}")
+def main() -> None:
     chosen = flags.FLAGS
-    results = benchmark(chosen.path, image_size=chosen.image_size, seconds=chosen.seconds)
+    results = benchmark(chosen.data_path, image_size=chosen.image_size, seconds=chosen.seconds)
     if chosen.output:
         pathlib.Path(chosen.output).write_text(json.dumps(results, indent=2) + "\n")
         print(f"Written to {chosen.output}.")

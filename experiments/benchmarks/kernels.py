@@ -100,10 +100,11 @@ def run(
 
 def define_flags() -> None:
     options.define_flags()
-    flags.DEFINE_list("candidates", COMPARED, f"Some of {', '.join(CANDIDATES)}.")
-    flags.DEFINE_list("dtypes", DTYPES[:2], f"Some of {', '.join(DTYPES)}.")
-    flags.DEFINE_list("directions", DIRECTIONS, "Directions of the scans.")
-    flags.DEFINE_list("passes", PASSES, "Some of forward, backward, and both in one program.")
+    flags.adopt_module_key_flags(options)
+    flags.DEFINE_list("candidates", list(COMPARED), f"Some of {', '.join(CANDIDATES)}.")
+    flags.DEFINE_list("dtypes", list(DTYPES[:2]), f"Some of {', '.join(DTYPES)}.")
+    flags.DEFINE_list("directions", list(DIRECTIONS), "Directions of the scans.")
+    flags.DEFINE_list("passes", list(PASSES), "Some of forward, backward, and both in one program.")
     flags.DEFINE_bool("tiny", False, "Shrunken maps on a GPU.")
     flags.DEFINE_bool("sanitizer", False, "Also checks shrunken maps under compute-sanitizer.")
 

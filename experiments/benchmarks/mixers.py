@@ -217,8 +217,9 @@ def run(
 
 def define_flags() -> None:
     options.define_flags()
-    flags.DEFINE_list("candidates", CANDIDATES, "The mixers to compare.")
-    flags.DEFINE_list("passes", PASSES, "Some of forward, and both: forward and backward in one program.")
+    flags.adopt_module_key_flags(options)
+    flags.DEFINE_list("candidates", list(CANDIDATES), "The mixers to compare.")
+    flags.DEFINE_list("passes", list(PASSES), "Some of forward, and both: forward and backward in one program.")
 
 
 def main() -> None:

@@ -1,18 +1,15 @@
-"""Parameters, multiply-adds, images a second and memory of the classifiers.
+"""Parameters, multiply-adds, images per second and memory of the classifiers.
 
-    python -m experiments.benchmark_models --models=gspn_t,gspn_s,gspn_b --batch_size=128 \
-        --output=experiments/results/benchmark_models.csv
+    python -m experiments.benchmarks.models --models=gspn_t,gspn_s,gspn_b --batch_size=128 \
+        --output=experiments/results/models.csv
 
-Times are the host's, around whole steps that are waited for, medians after warm-up. Memory is what the compiled program
-needs (arguments, results and temporaries), and the allocator's peak where the device keeps one.
+Times are medians of the host's clock around whole steps, after a warm-up. Memory: arguments, results and temporaries of
+the compiled program, and the allocator's peak where the device keeps one.
 """
 
-import csv
-import datetime
 import functools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,13 +21,13 @@ import optax
 from absl import flags
 from flax import nnx
 
-from experiments import command_line, provenance
+from experiments import command_line, provenance, tables
 from gspn_jax import models
 from pallas_kernels import record_choices
 
 
 def multiply_adds(function: Callable, *args: Any) -> int:
-    """Multiply-adds of the matrix products and convolutions that `function(*args)` contains. Nothing is computed."""
+    """Counts the multiply-adds of matrix products and convolutions in `function(*args)`, without running it."""
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -46,7 +43,7 @@ def _count(jaxpr: Any) -> int:
             kernel = equation.invars[1].aval.shape
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += math.prod(kernel) // outputs * math.prod(equation.outvars[0].aval.shape)
-        elif name == "cond":  # the forms of one operation on several platforms: the last is the general one
+        elif name == "cond":  # one branch for each platform: the last is the general one
             total += _count(params["branches"][-1].jaxpr)
         else:
             repeats = params["length"] if name == "scan" else 1
@@ -55,14 +52,16 @@ def _count(jaxpr: Any) -> int:
 
 
 def propagation_multiply_adds(choices: Sequence[Any]) -> int:
-    """Of the propagations recorded: per direction, pixel and channel 3 for the neighbours and one each for lam, gate,
-    skip and merge."""
+    """Counts the multiply-adds of recorded propagations.
+
+    Per direction, pixel and channel: 3 for the neighbours, and one each for lam, gate, skip and merge.
+    """
     propagations = ("propagate", "propagate_low_rank")
     return sum(4 * 7 * math.prod(choice.shape) for choice in choices if choice.operation in propagations)
 
 
 def benchmark(name: str, *, image_size: int, batch_size: int, mixer: str, dtype: str, repeats: int) -> dict[str, Any]:
-    """One row of the table."""
+    """Returns the row of a model; the command's flags say what each argument means."""
     build = functools.partial(models.build, name, num_classes=1000, mixer=mixer)
     graph, params = nnx.split(nnx.jit(lambda: build(dtype=dtype, rngs=nnx.Rngs(0)))())
     images = jnp.zeros((batch_size, image_size, image_size, 3))
@@ -118,39 +117,27 @@ def _median_seconds(function: Callable[[], Any], repeats: int) -> float:
 
 
 def run(names: Sequence[str], output: str | None, **options: Any) -> list[dict[str, Any]]:
-    """Benchmarks each model, prints and optionally writes the table with where it comes from."""
-    about = {
-        "hardware": provenance.hardware(),
-        "jax": jax.__version__,
-        "commit": provenance.commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(["python -m experiments.benchmark_models", *sys.argv[1:]]),
-    }
+    """Benchmarks each model, prints its row, and writes the table if `output` is a path."""
     rows = []
     for name in names:
-        rows.append({**benchmark(name, **options), **about})
+        rows.append(benchmark(name, **options))
         print(*(f"{key}: {value}" for key, value in rows[-1].items()), sep="\n", end="\n\n", flush=True)
     if output:
-        with open(output, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        tables.write(output, rows, list(rows[0]), provenance.stamp())
     return rows
 
 
 def define_flags() -> None:
-    flags.DEFINE_list("models", ["gspn_t"], f"Of {', '.join(models.MODELS)}.")
+    flags.DEFINE_list("models", ["gspn_t"], f"Some of {', '.join(models.MODELS)}.")
     flags.DEFINE_integer("image_size", 224, "Side of the images.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 128, "Images per step.", lower_bound=1)
     flags.DEFINE_string("mixer", "gspn", "gspn or attention.")
-    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the computation.")
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of the computation.")
     flags.DEFINE_integer("repeats", 10, "Timed steps.", lower_bound=1)
     flags.DEFINE_string("output", None, "CSV file to write.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv:
-        raise ValueError(f"expected flags only, got {' '.join(argv)}")
+def main() -> None:
     chosen = flags.FLAGS
     options = {key: chosen[key].value for key in ("image_size", "batch_size", "mixer", "dtype", "repeats")}
     run(chosen.models, chosen.output, **options)

@@ -1,68 +1,82 @@
 """Times the most promising tiles of the line scan on this card, and keeps the fastest.
 
-    python -m experiments.tune_tiles --shapes=gspn_t,sdxl --directions=down,right
+    python -m experiments.benchmarks.tune --shapes=gspn_t,sdxl --directions=down,right
 
-Needs jax and numpy alone, and a card that the kernels run on. A tile whose results are not those of the planned one, to
-rounding, is refused. What is at least 3% faster than the estimate's choice is written to
+Needs a card that the kernels run on. A tile whose results differ from those of the planned tile by more than rounding
+is refused. A tile that is at least 3% faster than the estimate's choice goes into
 pallas_kernels/mosaic/measured_tiles.json, under the card's name. --dry interprets two tiles on shrunken maps and needs
---out: it shows that the program works and measures nothing.
+--output: it shows that the program works and measures nothing.
 """
 
-import argparse
+import functools
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import flags
 
-from experiments import device_time
-from experiments.kernel_cases import DIRECTIONS, shrink
-from experiments.kernel_contenders import draw_inputs
-from experiments.kernel_gate import TOLERANCES, rms_ratio
-from experiments.kernel_shapes import GROUPS, KernelShape, select
+from experiments import command_line
+from experiments.benchmarks import device_time
+from experiments.benchmarks.gate import rms_ratio
+from experiments.benchmarks.options import chosen
+from experiments.benchmarks.scans import CANDIDATES, DIRECTIONS, DTYPES, ScanCase, shrink
+from experiments.benchmarks.shapes import GROUPS, KernelShape, select
 from pallas_kernels.mosaic import card, tiles
 from pallas_kernels.mosaic.forms import Form
 from pallas_kernels.mosaic.operations import Kernels
+from pallas_kernels.tolerances import TOLERANCES
 
 LEAST_GAIN = 0.03
-INPUT_SETS = 3  # in rotation, so that the cache is not what is measured
+INPUT_SETS = 3  # in rotation, so that the cache is not measured
+PASSES = ("forward", "backward")
 
 
-def tune(shape: KernelShape, direction: str, pass_: str, options: argparse.Namespace) -> tuple[str, tiles.Tile] | None:
-    """The key of the work and its fastest tile; None where the planned one stays."""
-    kernels = Kernels(interpret=options.dry)
+def tune(
+    shape: KernelShape,
+    direction: str,
+    pass_: str,
+    dtype: str,
+    *,
+    num_tiles: int,
+    clock: str,
+    repeats: int = 30,
+    seed: int = 0,
+    dry: bool = False,
+) -> tuple[str, tiles.Tile] | None:
+    """Times the planned tile and the `num_tiles` best ones by the estimate.
+
+    Returns:
+        The key of the work and its fastest tile; None where the planned tile stays.
+    """
+    kernels = Kernels(interpret=dry)
     scan: Any = kernels.scan_forward if pass_ == "forward" else kernels.scan_backward
-    keys = jax.random.split(jax.random.key(options.seed), INPUT_SETS)
+    case = ScanCase(CANDIDATES["mosaic"], shape, direction, shape.chunk, dtype, pass_)
     sets = []
-    for key in keys:
-        x, logits, lam, grad_h = draw_inputs(key, "from_logits", shape, options.dtype, direction)
-        sets.append((x, logits, lam) if pass_ == "forward" else (x, logits, lam, x, grad_h))  # h: any map is as good
+    for key in jax.random.split(jax.random.key(seed), INPUT_SETS):
+        x, logits, lam, grad_h = case.inputs(key)
+        sets.append((x, logits, lam) if pass_ == "forward" else (x, logits, lam, x, grad_h))  # h: any map will do
     x, logits, lam = sets[0][:3]
     loads, stores = ((x, lam), (x,)) if pass_ == "forward" else ((x, lam, x, x), (x, lam))
-    form = Form(pass_, x, logits, loads, stores, direction, shape.chunk, None, options.dry)
+    form = Form(pass_, x, logits, loads, stores, direction, shape.chunk, None, dry)
     present = card.planned_for()
     ranked = sorted(tiles.candidates(form.work, present), key=lambda tile: form.work.seconds(tile, present))
     milliseconds: dict[tiles.Tile, float] = {}
     wanted = None
-    for tile in dict.fromkeys([form.tile, *ranked[: options.tiles]]):
-
-        def program(*inputs, tile=tile):
-            return scan(*inputs, direction=direction, chunk=shape.chunk, from_logits=True, tile=tile)
-
+    for tile in dict.fromkeys([form.tile, *ranked[:num_tiles]]):
+        program = functools.partial(scan, direction=direction, chunk=shape.chunk, from_logits=True, tile=tile)
         compiled = jax.jit(program).lower(*sets[0]).compile()
         found = jax.tree.leaves(compiled(*sets[0]))
         wanted = wanted or found
         error = max(float(rms_ratio(one, want)) for one, want in zip(found, wanted, strict=True))
-        if not error <= TOLERANCES[options.dtype]:
+        if not error <= TOLERANCES[dtype]:
             print(f"  {tile}: REFUSED, RMS ratio {error:.3g} to the planned tile's results")
             continue
         timing = device_time.measure(
             lambda index, compiled=compiled: compiled(*sets[index % INPUT_SETS]),
-            clock=options.clock, most_runs=options.repeats, seconds=0.02 if options.dry else 0.2,
+            clock=clock, most_runs=repeats, seconds=0.02 if dry else 0.2,
         )  # fmt: skip
-        milliseconds[tile] = timing.host_ms if options.dry or timing.median_ms is None else timing.median_ms
+        milliseconds[tile] = timing.host_ms if dry or timing.median_ms is None else timing.median_ms
         print(f"  {tile}: {milliseconds[tile]:.4f} ms", flush=True)
     best = min(milliseconds, key=lambda tile: milliseconds[tile])
     if milliseconds[best] > (1 - LEAST_GAIN) * milliseconds.get(form.tile, float("inf")):
@@ -78,61 +92,43 @@ def keep(path: Path, name: str, found: dict[str, tiles.Tile]) -> None:
     path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+def define_flags() -> None:
+    flags.DEFINE_list("shapes", list(GROUPS), "Groups or names in experiments/benchmarks/shapes.py.")
+    flags.DEFINE_list("directions", list(DIRECTIONS), "Directions of the scans.")
+    flags.DEFINE_list("passes", list(PASSES), "Some of forward and backward.")
+    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Dtype of the maps.")
+    flags.DEFINE_integer("num_tiles", 12, "How many tiles to try, the best by the estimate.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 30, "Timed runs of a tile, at most.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the inputs.")
+    flags.DEFINE_string("output", None, "Another table than pallas_kernels/mosaic/measured_tiles.json.")
+    flags.DEFINE_bool("dry", False, "Two tiles, interpreted on shrunken maps; needs --output.")
+
+
+def main() -> None:
+    given = flags.FLAGS
     device_time.prepare_environment()
-    present = card.present()
-    if isinstance(present, str) and not options.dry:
-        print(f"Nothing to time: {present}", file=sys.stderr)
-        return 1
-    options.clock, why = ("host", "dry") if options.dry else device_time.choose_clock()
-    print(f"clock: {options.clock} {why}")
+    shapes, present = select(given.shapes), card.present()
+    if given.dry and not given.output:
+        raise ValueError("output: expected a file where --dry is given, so that no invented time enters the table")
+    if isinstance(present, str) and not given.dry:
+        raise ValueError(f"nothing to time: {present}")
+    clock, why = ("host", "dry") if given.dry else device_time.choose_clock()
+    print(f"clock: {clock} {why}")
+    options = dict(clock=clock, repeats=given.repeats, seed=given.seed, dry=given.dry)
+    options |= dict(num_tiles=min(given.num_tiles, 2) if given.dry else given.num_tiles)
     found = {}
-    for shape in select(options.shapes):
-        for direction in options.directions:
-            for pass_ in options.passes:
-                print(f"{shape.name} {direction} {pass_} {options.dtype}")
-                result = tune(shrink(shape) if options.dry else shape, direction, pass_, options)
+    directions, passes = chosen("directions", DIRECTIONS), chosen("passes", PASSES)
+    for shape in shapes:
+        for direction in directions:
+            for pass_ in passes:
+                print(f"{shape.name} {direction} {pass_} {given.dtype}")
+                result = tune(shrink(shape) if given.dry else shape, direction, pass_, given.dtype, **options)
                 if result is not None:
                     found[result[0]] = result[1]
-    keep(Path(options.out or tiles.MEASURED), "dry" if options.dry else card.planned_for().name, found)
-    print(f"{len(found)} tiles kept in {options.out or tiles.MEASURED.name}")
-    return 0
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    def names(text: str) -> list[str]:
-        return [name for name in text.split(",") if name]
-
-    parser = argparse.ArgumentParser(prog="python -m experiments.tune_tiles", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--shapes", type=names, default=list(GROUPS), help="groups or names of experiments/kernel_shapes.py")
-    add("--directions", type=names, default=list(DIRECTIONS))
-    add("--passes", type=names, default=["forward", "backward"])
-    add("--dtype", choices=list(TOLERANCES), default="bfloat16")
-    add("--tiles", type=int, default=12, help="tiles that are tried, the best of the estimate")
-    add("--repeats", type=int, default=30, help="timed runs of a tile, at most")
-    add("--seed", type=int, default=0, help="of the inputs")
-    add("--out", help="another table than pallas_kernels/mosaic/measured_tiles.json")
-    add("--dry", action="store_true", help="two tiles, interpreted on shrunken maps; needs --out")
-    options = parser.parse_args(arguments)
-    for name, values, known in (
-        ("directions", options.directions, DIRECTIONS),
-        ("passes", options.passes, ("forward", "backward")),
-    ):
-        if not set(values) <= set(known):
-            parser.error(f"{name}: expected some of {', '.join(known)}; got {', '.join(values)}")
-    try:
-        select(options.shapes)
-    except ValueError as error:
-        parser.error(str(error))
-    if options.dry:
-        if not options.out:
-            parser.error("out: expected a file where --dry is given, so that nothing made up enters the table")
-        options.tiles = min(options.tiles, 2)
-    return options
+    path = Path(given.output or tiles.MEASURED)
+    keep(path, "dry" if given.dry else card.planned_for().name, found)
+    print(f"{len(found)} tiles kept in {path.name}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.start(main, define_flags)

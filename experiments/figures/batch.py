@@ -1,9 +1,9 @@
-"""Draws one augmented training batch with its labels, exactly as a training run gets it: a picture worth looking at.
+"""Draws one augmented training batch with its labels, exactly as a training run gets it.
 
-    python -m experiments.show_batch --config=configs/classifier.py:gspn_t --config.data.path=ROOT --output=batch.png
-    python -m experiments.show_batch --data=image_folder --path=ROOT --output=batch.png
+    python -m experiments.figures.batch --config=configs/classifier.py:gspn_t --config.data.path=ROOT --output=batch.png
+    python -m experiments.figures.batch --data_name=image_folder --data_path=ROOT --output=batch.png
 
-Mixup and cutmix come later, on the device, and are not shown.
+Mixup and cutmix come later, on the device, and are not drawn.
 """
 
 import math
@@ -24,32 +24,32 @@ CAPTION_HEIGHT = 14
 GAP = 4
 
 
-def show(config: Any, *, output: str, count: int, batch: int) -> str:
+def draw(config: Any, *, output: str, count: int, batch: int) -> str:
     """Writes a contact sheet of a batch that the configuration makes.
 
     Args:
-        config: as `configs/classifier.py` makes it.
-        output: the file to write; its extension gives the format.
-        count: how many of the batch's images, from the first.
+        config: a configuration of `configs/classifier.py`.
+        output: the file to write; its suffix gives the format.
+        count: how many images of the batch, from the first.
         batch: which batch, from 0.
 
     Returns:
-        One line that says what was written.
+        One line that says which images were written.
 
     Raises:
-        ValueError: nothing to draw, or what is wrong with the data.
+        ValueError: count or batch is too small, or the data is wrong.
     """
     if count < 1 or batch < 0:
         raise ValueError(f"count, batch: expected at least 1 image of batch 0 or later, got {count}, {batch}")
     dataset = data.load(config.data.name, config.data.path or None)
-    # An image depends on its place in the stream alone, so the rest of a large batch need not be made.
+    # An image depends only on its place in the stream, so the rest of a large batch need not be made.
     stream = data.training_batches(
         dataset.train,
         batch_size=min(count, config.batch_size),
         image_size=config.data.image_size,
         augmentation=data.Augmentation(**config.augmentation.to_dict()),
         seed=config.seed,
-        num_threads=0,  # what threads would make ahead is not needed
+        num_threads=0,  # threads would make later batches too
         on_corrupt=config.data.on_corrupt,
     )
     stream.restore({**stream.state(), "position": batch * config.batch_size})
@@ -60,42 +60,40 @@ def show(config: Any, *, output: str, count: int, batch: int) -> str:
 
 
 def contact_sheet(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
-    """Images uint8 (N, H, W, 3) in a nearly square grid, each over its caption."""
+    """Returns images uint8 (N, H, W, 3) in a nearly square grid, each above its caption."""
     count, height, width, _ = images.shape
     times = math.ceil(LEAST_SIDE / min(height, width))
     columns = math.ceil(math.sqrt(count * height / width))
     step_x, step_y = width * times + GAP, height * times + CAPTION_HEIGHT + GAP
     sheet = Image.new("RGB", (columns * step_x + GAP, math.ceil(count / columns) * step_y + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
+    pen = ImageDraw.Draw(sheet)
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = GAP + number % columns * step_x, GAP + number // columns * step_y
         sheet.paste(Image.fromarray(image.repeat(times, axis=0).repeat(times, axis=1)), (left, top))
-        while draw.textlength(caption) > width * times:
+        while pen.textlength(caption) > width * times:
             caption = caption[:-1]
-        draw.text((left, top + height * times), caption, fill="black")
+        pen.text((left, top + height * times), caption, fill="black")
     return sheet
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "Configuration and preset; by default that of ImageNet.")
-    flags.DEFINE_string("data", None, "Dataset, in place of the configuration's.")
-    flags.DEFINE_string("path", None, "Where the dataset is, in place of the configuration's path.")
-    flags.DEFINE_string("output", "batch.png", "The picture to write.")
+    config_flags.DEFINE_config_file("config", None, "Configuration and preset; by default gspn_t on ImageNet.")
+    flags.DEFINE_string("data_name", None, "Data source, instead of the configuration's.")
+    flags.DEFINE_string("data_path", None, "Path of the data, instead of the configuration's.")
+    flags.DEFINE_string("output", "batch.png", "Picture to write.")
     flags.DEFINE_integer("count", 36, "How many images of the batch to draw.")
     flags.DEFINE_integer("batch", 0, "Which batch, from 0.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv:
-        raise ValueError(f"expected flags only, got {' '.join(argv)}")
+def main() -> None:
     chosen = flags.FLAGS
     config: Any = chosen.config or get_config("gspn_t")
-    if chosen.data is not None:
-        config.data.name = chosen.data
+    if chosen.data_name is not None:
+        config.data.name = chosen.data_name
         config.data.path = ""
-    if chosen.path is not None:
-        config.data.path = chosen.path
-    print(show(config, output=chosen.output, count=chosen.count, batch=chosen.batch))
+    if chosen.data_path is not None:
+        config.data.path = chosen.data_path
+    print(draw(config, output=chosen.output, count=chosen.count, batch=chosen.batch))
 
 
 if __name__ == "__main__":

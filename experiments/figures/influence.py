@@ -1,12 +1,10 @@
 """Draws how far one pixel reaches: under each of the four directions, and under their merge.
 
-    python -m experiments.draw_influence --output=docs/influence.png
+    python -m experiments.figures.influence --output=docs/influence.png
 
-The maps are those of a propagation whose logits are smooth random fields, as a network's are; lam, gate and merge are
-1. The brightness of a pixel is what the marked pixel adds to it (root scale).
+The logits of the propagation are smooth random fields, like those of a network; lam, gate and merge are 1. The
+brightness of a pixel is the amount that the marked pixel adds to it, on a root scale.
 """
-
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ PIXEL = (40, 52)
 
 
 def influence(seed: int = 0) -> np.ndarray:
-    """What the marked pixel adds to each, (4, H, W): one map a direction."""
+    """Returns the amount that the marked pixel adds to each pixel, (4, H, W), one map for each direction."""
     coarse = jax.random.normal(jax.random.key(seed), (4, HEIGHT // 12, WIDTH // 12, 3))
     logits = 3 * jax.image.resize(coarse, (4, HEIGHT, WIDTH, 3), "cubic")[..., None]
     x = jnp.zeros((1, HEIGHT, WIDTH, 1)).at[(0, *PIXEL, 0)].set(1)
@@ -34,7 +32,7 @@ def influence(seed: int = 0) -> np.ndarray:
 
 
 def draw(path: str) -> None:
-    """Writes the picture."""
+    """Writes the picture into a PNG file."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -55,9 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", "docs/influence.png", "PNG file to write.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv:
-        raise ValueError(f"expected flags only, got {' '.join(argv)}")
+def main() -> None:
     draw(flags.FLAGS.output)
     print(f"Written to {flags.FLAGS.output}.")
 

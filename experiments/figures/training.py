@@ -1,22 +1,20 @@
-"""Draws the curves of runs next to each other, and writes their numbers.
+"""Draws the curves of runs beside each other, and writes their numbers.
 
-    python -m experiments.plot_training --runs=runs/gspn,runs/attention --output=experiments/results/cifar10
+    python -m experiments.figures.training --workdirs=runs/gspn,runs/attention --output=experiments/results/cifar10
 
 Writes OUTPUT.png and OUTPUT.csv: a row for each logged step and each evaluation of each run.
 """
 
-import csv
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from absl import flags
 
-from experiments import command_line
+from experiments import command_line, tables
 
-HELD_OUT = {  # what is drawn of held-out images, by what a run has
+HELD_OUT = {  # the title of each number on held-out images; a run shows the first that it has
     "ema_top1": "held-out top-1, percent (moving average of parameters)",
     "top1": "held-out top-1, percent",
     "ema_loss": "held-out loss (moving average of parameters)",
@@ -25,24 +23,16 @@ HELD_OUT = {  # what is drawn of held-out images, by what a run has
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, in order.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Returns the rows of a run's metrics.jsonl in order; ValueError if there is none."""
     path = Path(workdir) / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"runs: expected folders of runs with a metrics.jsonl, got {workdir}")
+        raise ValueError(f"workdirs: expected folders of runs with a metrics.jsonl, got {workdir}")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_csv(runs: dict[str, list[dict[str, Any]]], path: str) -> None:
     columns = ["run", "kind", "step", "loss", "accuracy", "top1", "top5", "ema_top1", "ema_loss"]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        for name, rows in runs.items():
-            writer.writerows({"run": name, **row} for row in rows)
+    tables.write(path, ({"run": name, **row} for name, rows in runs.items() for row in rows), columns)
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: str) -> None:
@@ -70,14 +60,12 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: str) -> None:
 
 
 def define_flags() -> None:
-    flags.DEFINE_list("runs", None, "Working directories; the last part of each is its name.", required=True)
+    flags.DEFINE_list("workdirs", None, "Folders of runs; the last part of each is its name.", required=True)
     flags.DEFINE_string("output", None, "Path of both files, without .png and .csv.", required=True)
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv:
-        raise ValueError(f"expected flags only, got {' '.join(argv)}")
-    runs = {Path(run).name: read(run) for run in flags.FLAGS.runs}
+def main() -> None:
+    runs = {Path(run).name: read(run) for run in flags.FLAGS.workdirs}
     write_csv(runs, f"{flags.FLAGS.output}.csv")
     draw(runs, f"{flags.FLAGS.output}.png")
     print(f"Written to {flags.FLAGS.output}.png and .csv")

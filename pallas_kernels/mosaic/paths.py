@@ -1,6 +1,6 @@
 """Which kernels a propagation takes: the cheapest for its map and mode, from the table in paths.json.
 
-`python -m experiments.choose_paths` writes the table: times on a card, or estimates where there was none.
+`python -m experiments.benchmarks.choose_variants` writes the table: times on a card, or estimates where there was none.
 """
 
 import dataclasses

@@ -2,15 +2,15 @@ import sys
 
 import pytest
 
-from experiments import benchmark_data
+from experiments.benchmarks import data as benchmark_data
 from tests.data import pictures
 
 
 def test_benchmark_says_what_was_measured_where(tmp_path, monkeypatch, capsys):
     pictures.write_folder(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["benchmark_data", f"--path={tmp_path}", "--seconds=0.05"])
+    monkeypatch.setattr(sys, "argv", ["data", "--data_path=/a/b/imagenet", "--seconds=0.05"])
     results = benchmark_data.benchmark(str(tmp_path), image_size=32, seconds=0.05)
-    assert results["command"] == "python -m experiments.benchmark_data --path=ROOT --seconds=0.05"
+    assert results["command"].endswith(" --data_path=imagenet --seconds=0.05")
     assert results["images"] == "18 files, median 44x56"
     assert results["commit"] and results["hardware"] and set(results["versions"]) >= {"python", "grain", "pillow"}
     assert len(results["rates"]) == 3

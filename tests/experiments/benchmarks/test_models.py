@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.benchmark_models import multiply_adds, propagation_multiply_adds
+from experiments.benchmarks.models import multiply_adds, propagation_multiply_adds
 from gspn_jax import models
 from pallas_kernels import record_choices
 

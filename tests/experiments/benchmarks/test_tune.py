@@ -4,26 +4,20 @@ import json
 
 import pytest
 
-from experiments import tune_tiles
+from experiments.benchmarks import tune
+from experiments.benchmarks.scans import shrink
+from experiments.benchmarks.shapes import select
 from pallas_kernels.mosaic import tiles
 
 
-def test_what_is_found_enters_the_table_that_plans_read(tmp_path, monkeypatch):
-    table = tmp_path / "tiles.json"
-    monkeypatch.setattr(tune_tiles, "LEAST_GAIN", -10.0)  # keep the fastest whatever it gains
-    arguments = ["--dry", f"--out={table}", "--shapes=gspn_nano_stage3", "--directions=down", "--passes=forward"]
-    assert tune_tiles.main([*arguments, "--dtype=float32"]) == 0
-    ((key, fields),) = json.loads(table.read_text())["dry"].items()
+@pytest.mark.full
+def test_the_fastest_tile_enters_the_table_that_plans_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "LEAST_GAIN", -10.0)  # keep the fastest whatever it gains
+    (shape,) = select(["gspn_nano_stage3"])
+    found = tune.tune(shrink(shape), "down", "forward", "float32", num_tiles=2, clock="host", dry=True)
+    assert found is not None
+    tune.keep(tmp_path / "tiles.json", "dry", dict([found]))
+    ((key, fields),) = json.loads((tmp_path / "tiles.json").read_text())["dry"].items()
     work = tiles.Work.of_key(key)
     assert (work.kernel, work.batch, work.lines, work.length, work.channels) == ("forward", 2, 7, 7, 16)
     assert tiles.Tile(**fields).extent >= 7 and work.key == key
-
-
-def test_a_dry_run_never_writes_the_real_table():
-    with pytest.raises(SystemExit):
-        tune_tiles.main(["--dry", "--shapes=gspn_nano_stage3"])
-
-
-def test_without_a_card_nothing_is_timed(capsys):
-    assert tune_tiles.main(["--shapes=gspn_nano_stage3"]) == 1
-    assert "NVIDIA GPU" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from configs.classifier import get_config
-from experiments.show_batch import CAPTION_HEIGHT, GAP, contact_sheet, show
+from experiments.figures.batch import CAPTION_HEIGHT, GAP, contact_sheet, draw
 from gspn_jax import data
 from tests.data import pictures
 
@@ -29,7 +29,7 @@ def test_it_draws_what_training_gets(tmp_path):
     config.data.path = str(tmp_path / "photos")
     config.data.image_size = 96
     config.batch_size = 4
-    message = show(config, output=str(tmp_path / "sheet.png"), count=3, batch=2)
+    message = draw(config, output=str(tmp_path / "sheet.png"), count=3, batch=2)
     assert message == f"{tmp_path / 'sheet.png'}: 3 of the 4 images of batch 2"
     stream = data.training_batches(
         data.load("image_folder", config.data.path).train,
@@ -46,4 +46,4 @@ def test_it_draws_what_training_gets(tmp_path):
 
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="expected at least 1 image of batch 0 or later, got 0, 0"):
-        show(get_config("digits"), output=str(tmp_path / "sheet.png"), count=0, batch=0)
+        draw(get_config("digits"), output=str(tmp_path / "sheet.png"), count=0, batch=0)

@@ -1,12 +1,12 @@
 import numpy as np
 
-from experiments import draw_influence
+from experiments.figures import influence
 
 
 def test_each_direction_reaches_its_own_cone():
-    right, down, left, up = draw_influence.influence()
-    row, column = draw_influence.PIXEL
-    rows, columns = np.mgrid[: draw_influence.HEIGHT, : draw_influence.WIDTH]
+    right, down, left, up = influence.influence()
+    row, column = influence.PIXEL
+    rows, columns = np.mgrid[: influence.HEIGHT, : influence.WIDTH]
     for panel, ahead, aside in (
         (right, columns - column, rows - row), (left, column - columns, rows - row),
         (down, rows - row, columns - column), (up, row - rows, columns - column),
@@ -17,5 +17,5 @@ def test_each_direction_reaches_its_own_cone():
 
 
 def test_picture_is_written(tmp_path):
-    draw_influence.draw(str(tmp_path / "influence.png"))
+    influence.draw(str(tmp_path / "influence.png"))
     assert (tmp_path / "influence.png").read_bytes()[:4] == b"\x89PNG"

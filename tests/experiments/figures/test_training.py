@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from experiments import plot_training
+from experiments.figures import training
 
 
 def test_numbers_and_picture_of_two_runs(tmp_path):
@@ -15,9 +15,9 @@ def test_numbers_and_picture_of_two_runs(tmp_path):
             {"kind": "evaluation", "step": 1, "top1": 20.0 + shift, "ema_top1": 21.0 + shift},
         ]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        runs[name] = plot_training.read(str(tmp_path / name))
-    plot_training.write_csv(runs, str(tmp_path / "both.csv"))
-    plot_training.draw(runs, str(tmp_path / "both.png"))
+        runs[name] = training.read(str(tmp_path / name))
+    training.write_csv(runs, str(tmp_path / "both.csv"))
+    training.draw(runs, str(tmp_path / "both.png"))
     with open(tmp_path / "both.csv") as file:
         table = list(csv.DictReader(file))
     assert [(row["run"], row["kind"], row["loss"], row["ema_top1"]) for row in table] == [
@@ -28,5 +28,5 @@ def test_numbers_and_picture_of_two_runs(tmp_path):
 
 
 def test_a_folder_without_metrics_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"runs: expected folders of runs with a metrics.jsonl, got {tmp_path}"):
-        plot_training.read(str(tmp_path))
+    with pytest.raises(ValueError, match=f"workdirs: expected folders of runs with a metrics.jsonl, got {tmp_path}"):
+        training.read(str(tmp_path))

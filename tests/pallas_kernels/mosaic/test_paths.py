@@ -1,14 +1,8 @@
-"""Which kernels a propagation takes: the table is what the program writes, and serves every map."""
+"""Which kernels a propagation takes: the table serves every map."""
 
-import json
-from types import SimpleNamespace
-
-import jax
 import numpy as np
 import pytest
 
-from experiments import choose_paths
-from experiments.kernel_shapes import CHOSEN, KernelShape, select
 from pallas_kernels.dispatch import PATHS, Paths
 from pallas_kernels.mosaic import card, paths
 from pallas_kernels.mosaic.paths import Work
@@ -18,70 +12,6 @@ from pallas_kernels.mosaic.paths import Work
 def on_a_card():
     with card.assume(card.H200):
         yield
-
-
-def test_each_layer_takes_the_cheapest_path_of_its_own_row():
-    table = json.loads(paths.TABLE.read_text())
-    rows = {row["name"]: row for row in table["rows"]}
-    assert rows.keys() == {shape.name for shape in CHOSEN}
-    for shape in CHOSEN:
-        row, work = rows[shape.name], choose_paths.work_of(shape)
-        assert paths.nearest(work)["name"] == shape.name
-        chosen = paths.choose(work, None)
-        assert chosen == Paths(row["inference"], row["training"], row["backward"])
-        for mode in choose_paths.NAMES:
-            times = row["milliseconds"][mode]
-            assert times[row[mode]] == min(times.values()) and set(times) <= set(PATHS)
-
-
-def test_the_table_is_what_the_program_writes():
-    table = json.loads(paths.TABLE.read_text())
-    if not table["basis"].startswith("estimated"):
-        pytest.skip(f"{table['basis']}: times do not repeat to the digit")
-    rows = {row["name"]: row for row in table["rows"]}
-    for shape in select(["gspn_t", "generators", "sdxl_1k_level2", "width1152_16", "gspn_t_stage1_shared"]):
-        assert choose_paths.row(shape, choose_paths.estimate(shape)) == rows[shape.name]
-
-
-def test_program_writes_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(choose_paths.card, "present", lambda: "no card")
-    assert choose_paths.main(["--shapes=gspn_nano_stage3", f"--out={tmp_path}/paths.json"]) == 0
-    table = json.loads((tmp_path / "paths.json").read_text())
-    assert table["basis"] == "estimated for an NVIDIA H200, not measured"
-    assert [row["name"] for row in table["rows"]] == ["gspn_nano_stage3"]
-    assert "1 maps, estimated" in capsys.readouterr().out
-    assert choose_paths.main(["--shapes=gspn_nano_stage2", f"--out={tmp_path}/paths.json"]) == 0
-    table = json.loads((tmp_path / "paths.json").read_text())
-    assert [row["name"] for row in table["rows"]] == ["gspn_nano_stage2", "gspn_nano_stage3"]
-    (tmp_path / "paths.json").write_text(json.dumps(table | {"basis": "measured on an NVIDIA H200"}))
-    assert choose_paths.main(["--shapes=gspn_nano_stage2", f"--out={tmp_path}/paths.json"]) == 1
-    assert "paths.json holds times measured on an NVIDIA H200" in capsys.readouterr().err
-    assert json.loads((tmp_path / "paths.json").read_text())["basis"].startswith("measured")
-    with pytest.raises(SystemExit):
-        choose_paths.main(["--shapes=gspn2"])
-    assert "maps of layers, which have a proxy; got gspn2_1024" in capsys.readouterr().err
-
-
-def test_a_path_that_does_not_fit_in_memory_has_no_time(monkeypatch, capsys):
-    def by_reference(operation):
-        return lambda *arrays, chunk, implementation, path: operation(*arrays, chunk=chunk, implementation="xla")
-
-    clocked = []
-
-    def measure(run, *, clock, seconds):
-        clocked.append(run(0))
-        if len(clocked) == 2:  # fused, training
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return SimpleNamespace(median_ms=float(len(clocked)), host_ms=None)
-
-    for name in ("propagate", "propagate_low_rank"):
-        monkeypatch.setattr(choose_paths, name, by_reference(getattr(choose_paths, name)))
-    monkeypatch.setattr(choose_paths.device_time, "measure", measure)
-    times = choose_paths.measure(KernelShape("tiny", 1, 8, 8, 16, rank=8), "host")
-    assert times["inference"]["fused"] == 1 and set(times["inference"]) == set(PATHS)
-    assert set(times["training"]) == set(PATHS) - {"fused"} and set(times["backward"]) == {"low_rank"}
-    assert times["backward"]["low_rank"] == 1  # the whole, a call later, less the forward pass
-    assert "tiny: training by fused does not fit in memory" in capsys.readouterr().out
 
 
 def test_a_row_serves_its_neighbours(monkeypatch):
