@@ -1,7 +1,7 @@
-"""What the instructions of a compiled GPU program read, write and multiply, from its text (optimised HLO).
+"""Counts the bytes and FLOPs of a compiled GPU program from its text (optimised HLO), and the least time they take.
 
-The text names shapes, so bytes are those of operands and results: each is counted once per instruction, whatever stays
-in a cache and whatever is read twice. Of what an instruction slices or updates in place, the slice alone counts.
+The text names shapes, so bytes are those of operands and results. Each counts once per instruction, whether or not it
+stays in a cache or is read twice. Where an instruction slices an array or updates it in place, only the slice counts.
 """
 
 import collections
@@ -9,15 +9,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+
+from pallas_kernels.mosaic.card import COPY_BANDWIDTH, MATRIX_FLOPS, VECTOR_FLOPS
 
 ENTRY = "ENTRY"
-# They name memory, or nothing, and launch no kernel.
+# They launch no kernel.
 _FREE = frozenset(
     ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "optimization-barrier")
 )
 _FREE_TARGETS = ("AllocateBuffer",)
-_FAR = 20  # instructions between one that the compiler added and one of the source
 _SLICES = ("dynamic-slice", "slice", "gather")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|c64|c128|[suf]\d+\w*)\[([\d,]*)\]")
@@ -36,19 +36,19 @@ class Instruction:
     is_root: bool
 
     def attribute(self, pattern: str) -> str:
-        """The first group of `pattern` in the attributes, or nothing."""
+        """Returns the first group of `pattern` in the attributes, or ""."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else ""
 
     @property
     def target(self) -> str:
-        """What a custom call calls."""
+        """The name of the function that a custom call calls."""
         return self.attribute(r'custom_call_target="([^"]*)"') if self.opcode == "custom-call" else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape that may be a tuple."""
+    """One array of a shape, which may be a tuple."""
 
     dims: tuple[int, ...]
     dtype: str
@@ -61,23 +61,37 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What an instruction that launches something takes, once.
-
-    `frames` are functions of the source, innermost first; those of a fusion are its last operation's.
-    """
+    """The cost of one run of an instruction that launches something."""
 
     name: str
     kind: str  # "fusion", "matrix product", "convolution", "depthwise convolution", "copy", a custom call's target, ...
     launches: int  # how often it runs: the trips of the loops around it
     bytes: int
-    flops: int  # of matrix products and convolutions alone
-    frames: tuple[str, ...]
-    operation: str  # the path that JAX gave it
-    arrays: tuple[Array, ...]  # of a custom call: operands and results, those once that share their place
+    flops: int  # in matrix products and convolutions
+
+    @property
+    def least_seconds(self) -> float:
+        """The longer of the times that its bytes and its FLOPs take on an H200."""
+        rate = VECTOR_FLOPS if self.kind == "depthwise convolution" else MATRIX_FLOPS
+        return max(self.bytes / COPY_BANDWIDTH, self.flops / rate)
+
+
+def totals(text: str) -> dict[str, float]:
+    """Returns launches, bytes, FLOPs and the least milliseconds of a compiled program on an H200.
+
+    The least time is the sum over all instructions. Caches, starts of kernels and other arithmetic are left out.
+    """
+    costs = list(Program(text).costs())
+    return {
+        "launches": sum(cost.launches for cost in costs),
+        "bytes": sum(cost.launches * cost.bytes for cost in costs),
+        "flops": sum(cost.launches * cost.flops for cost in costs),
+        "least_ms": float(f"{1e3 * sum(cost.launches * cost.least_seconds for cost in costs):.4g}"),
+    }
 
 
 def arrays(shape: str) -> list[Array]:
-    """Of a printed shape, such as "(f32[2,3]{1,0}, s32[])"."""
+    """Reads a printed shape, such as "(f32[2,3]{1,0}, s32[])"."""
     return [Array(tuple(map(int, filter(None, dims.split(",")))), dtype) for dtype, dims in _ARRAY.findall(shape)]
 
 
@@ -89,7 +103,6 @@ class Program:
     """The computations of a module's text."""
 
     def __init__(self, text: str):
-        self._frames = _Frames(text)
         self._computations: dict[str, dict[str, Instruction]] = {}
         self._users: dict[str, dict[str, list[Instruction]]] = {}
         current: dict[str, Instruction] = {}
@@ -98,7 +111,7 @@ class Program:
                 current = self._computations[ENTRY if opened[1] else opened[2]] = {}
             elif found := _INSTRUCTION.match(line):
                 root, name, shape, opcode, operands, rest = found.groups()
-                # What runs beside others is in two lines, of which the first says all.
+                # An instruction that runs beside others has two lines; the first says everything.
                 opcode = "fusion" if opcode == "fusion-start" else opcode
                 names = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", operands))
                 if opcode == "parameter":
@@ -113,7 +126,7 @@ class Program:
                     users[operand].append(instruction)
 
     def costs(self, computation: str = ENTRY, trips: int = 1) -> Iterator[Cost]:
-        """Of everything that is launched, bodies of loops included; a loop of unknown length counts once."""
+        """Yields the cost of everything that is launched, in loops too; a loop of unknown length counts once."""
         for instruction in self._computations[computation].values():
             if instruction.opcode == "while":
                 known = instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"')
@@ -129,7 +142,7 @@ class Program:
                 yield self._cost(*self._launched(computation, instruction), trips)
 
     def _launched(self, key: str, instruction: Instruction) -> tuple[str, Instruction]:
-        """The instruction itself; the custom call in a fusion that gives it slices of its operands and results."""
+        """Returns the instruction, or the custom call in a fusion that gives it slices of operands and results."""
         if instruction.opcode == "fusion":
             inside = instruction.attribute(r"calls=%?([\w.\-]+)")
             for inner in self._computations[inside].values():
@@ -151,27 +164,10 @@ class Program:
             launches=trips,
             bytes=self._bytes(instruction, shapes, touched),
             flops=flops,
-            frames=self._frames_of(key, instruction),
-            operation=instruction.attribute(r'op_name="((?:[^"\\]|\\.)*)"'),
-            arrays=touched if instruction.target else (),
         )
 
-    def _frames_of(self, key: str, instruction: Instruction) -> tuple[str, ...]:
-        """Where the source asked for it; of what the compiler added, where its operand or its result belongs."""
-        return self._first_frames(key, instruction, False) or self._first_frames(key, instruction, True)
-
-    def _first_frames(self, key: str, instruction: Instruction, forward: bool) -> tuple[str, ...]:
-        for _ in range(_FAR):
-            if frames := self._frames.functions(instruction.attribute(r"stack_frame_id=(\d+)")):
-                return frames
-            names = [user.name for user in self._users[key][instruction.name]] if forward else instruction.operands
-            if not names:
-                break
-            instruction = self._computations[key][names[0]]
-        return ()
-
     def _product(self, instruction: Instruction, shapes: Sequence[str]) -> tuple[str, int]:
-        """The kind of an instruction and the flops of its matrix products or its convolution."""
+        """Returns the kind of an instruction and the FLOPs of its matrix products or its convolution."""
         if instruction.target.startswith("__cudnn$conv"):
             return self._convolution(instruction, shapes)
         if instruction.target:
@@ -195,7 +191,7 @@ class Program:
 
     def _convolution(self, instruction: Instruction, shapes: Sequence[str]) -> tuple[str, int]:
         result, *operands = (arrays(shape)[0] for shape in (instruction.shape, *shapes))
-        # Every output pixel takes one product for each entry of the kernel that leads to its channel.
+        # Every output pixel takes one product with each kernel entry that leads to its channel.
         if "BackwardFilter" in instruction.target:
             kernel, outputs = result, operands[1]
         elif "BackwardInput" in instruction.target:
@@ -216,6 +212,9 @@ class Program:
             return 2 * _size(shapes[1])
         if instruction.opcode == "fusion":
             return self._fusion_bytes(instruction.attribute(r"calls=%?([\w.\-]+)"))
+        if instruction.target.startswith("mosaic_gpu") and "on_chip" not in instruction.attribute(r'op_name="([^"]*)"'):
+            # (B, H, W, 4 or 12, C) holds maps of four directions; a launch for one of them reads a quarter.
+            return sum(array.bytes // (4 if array.dims[3:-1] in ((4,), (12,)) else 1) for array in touched)
         return sum(array.bytes for array in touched)
 
     def _fusion_bytes(self, key: str) -> int:
@@ -233,12 +232,12 @@ class Program:
         return total
 
     def _read(self, key: str, source: Instruction) -> int:
-        """Bytes of an array in a fusion that are read: slices of it where it is sliced, none where it is updated."""
+        """Returns the bytes that a fusion reads of an array: slices where it slices it, none where it updates it."""
         elements = sum(math.prod(array.dims) for array in arrays(source.shape))
         return math.ceil(_size(source.shape) * self._wanted(key, source) / max(elements, 1))
 
     def _wanted(self, key: str, source: Instruction) -> int:
-        """Elements of an array in a fusion that its users ask for."""
+        """Returns the number of elements of an array that its users in a fusion read."""
         elements = sum(math.prod(array.dims) for array in arrays(source.shape))
         users, wanted = self._users[key][source.name], 0
         for user in users:
@@ -248,29 +247,3 @@ class Program:
             elif not (is_first and user.opcode == "dynamic-update-slice"):
                 return elements
         return min(wanted, elements) if users else elements
-
-
-class _Frames:
-    """The tables of source functions at the head of a module's text."""
-
-    def __init__(self, text: str):
-        functions = dict(_table(text, "FunctionNames", r'(\d+) "(.*)"'))
-        locations = dict(_table(text, "FileLocations", r"(\d+) \{.*function_name_id=(\d+)"))
-        self._names = {at: functions[name] for at, name in locations.items()}
-        frames = _table(text, "StackFrames", r"(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?")
-        # Parents are printed one too high, so that the outermost frame has itself; 0 is none.
-        self._frames = {at: (place, str(int(parent or 1) - 1)) for at, place, parent in frames}
-
-    def functions(self, frame: str) -> tuple[str, ...]:
-        """Names of the functions around a frame, innermost first."""
-        names = []
-        while frame in self._frames:
-            place, frame = self._frames[frame]
-            names.append(self._names[place])
-        return tuple(names)
-
-
-def _table(text: str, title: str, pattern: str) -> list[tuple[Any, ...]]:
-    found = re.search(rf"^{title}\n((?:\d+ .*\n)*)", text, re.MULTILINE)
-    matches = (re.match(pattern, line) for line in (found[1].splitlines() if found else []))
-    return [match.groups() for match in matches if match]

@@ -1,49 +1,78 @@
-"""What a whole train step takes of an H200, from compilation on a machine without one.
+"""Peak memory, compile time and least time of whole train steps on an H200, compiled on a machine without one.
 
-    python -m experiments.step_report --only=gspn_t --out=experiments/results
+    python -m experiments.compiled.steps --only=gspn_t --output=experiments/results/step_report
 
-Writes step_report.md and step_report.csv: the memory of each step (forward, loss, backward, AdamW and moving average;
-bfloat16, the state donated) and, for every part of it, the least time that its bytes and its flops take. Needs
-requirements-gpu-compile.txt and no GPU; three to six minutes a step. No column is a time measured on a GPU.
+Writes OUTPUT.csv and OUTPUT.md with a row for each step: forward, loss, backward, AdamW and moving average in bfloat16,
+with the state donated. Needs requirements-gpu-compile.txt and no GPU; a step takes half a minute to six minutes. No
+column is a time measured on a GPU.
 """
 
-import csv
-import datetime
-import pathlib
+import dataclasses
+import functools
+import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
-from experiments import command_line, deviceless, provenance
-from experiments.kernel_limits import COPY_BANDWIDTH
-from experiments.step_cases import MODELS, VARIANTS, compile_step
-from experiments.step_parts import KERNELS, MATRIX_FLOPS, SCANS, VECTOR_FLOPS, WHOLE, Row, rows_of_program
+from configs import classifier, generator
+from experiments import classification, command_line, generation, tables
+from experiments.compiled import costs, report
+from experiments.compiled.report import Report, Row
+from gspn_jax import data, models
+from gspn_jax.training import MixingOptions, OptimizerOptions, TrainOptions
+from gspn_jax.training.loop import Task
+from gspn_jax.training.optimizer import make_optimizer
+from gspn_jax.training.state import initial_state
+from gspn_jax.training.step import make_step
+from pallas_kernels.mosaic import card, compile_only
 
-LARGE = 0.15  # share of the estimated time from which a part is named
-NOTE = (
-    "Compiled, not executed: nothing here is a measured time. limit_ms adds up, of all instructions, the larger of two "
-    f"times: operands and results at {COPY_BANDWIDTH / 1e12} TB/s; matrix products and convolutions at "
-    f"{MATRIX_FLOPS / 1e12:.0f} TFLOP/s, depthwise ones at {VECTOR_FLOPS / 1e12:.0f}. Caches, starts of kernels, other "
-    "arithmetic and how well a library does its work are left out; without a card XLA tunes no product and no "
-    "convolution. A fusion belongs to the part of its last operation; maps are the proxy and the products with it. Of "
-    "maps for four directions, a kernel is counted with the one that it takes. compile_s is the time that compilation "
-    "took, on two cores that other programs used too. The loss of generators is DiT's, with a learned variance; where "
-    "compile_s is missing it is the mean squared error of the noise alone."
-)
+STEPS = 1000  # of the run: enters the learning-rate schedule and changes no number of the report
 KEPT, REMAT = "kept", "remat"
-NUMBERS = (
-    "batch", "compile_s", "launches", "bytes", "flops", "limit_ms", "share",
-    "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes",
+NOTE = (
+    "Compiled, not executed: nothing here is a measured time. least_ms adds up, over all instructions, the longer of "
+    f"two times: operands and results at {card.COPY_BANDWIDTH / 1e12} TB/s; matrix products and convolutions at "
+    f"{card.MATRIX_FLOPS / 1e12:.0f} TFLOP/s, depthwise ones at {card.VECTOR_FLOPS / 1e12:.0f}. Caches, starts of "
+    "kernels and other arithmetic are left out; without a card XLA tunes no product and no convolution. compile_s was "
+    "taken on two cores that other programs used too. The loss of generators is DiT's, with a learned variance; where "
+    "compile_s is missing it is the mean squared error of the noise only. blocks: kept, or computed again (remat). "
+    "Each row names its commit."
+)
+COLUMNS = (
+    "model", "variant", "blocks", "batch", "compile_s", "launches", "bytes", "flops", "least_ms", "argument_bytes",
+    "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "commit", "date", "fault",
 )  # fmt: skip
-COLUMNS = ("model", "variant", "blocks", "part", *NUMBERS, "kinds", "commit", "date", "fault")
-_ORDER = (("model", MODELS), ("variant", VARIANTS), ("blocks", (KEPT, REMAT)))
 
 
-class Case(NamedTuple):
-    """What a step is compiled for. `blocks`: "remat" where each is computed again in the backward pass, else "kept"."""
+class Propagation(NamedTuple):
+    """How the propagation is computed: options of `GSPNMixer`."""
+
+    implementation: str
+    path: str | None = None
+    keep_states: bool = True
+
+
+class Setting(NamedTuple):
+    """The task, optimiser and batch of a train step."""
+
+    task: Task
+    optimizer: OptimizerOptions
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+class Model(NamedTuple):
+    """A network at the batch size of its row. `setting` takes (propagation, remat, batch size)."""
+
+    batch_size: int
+    setting: Callable[[Propagation, bool, int], Setting]
+    propagates: bool = True  # attention has no variants
+
+
+class Step(NamedTuple):
+    """A train step to compile. `blocks`: "remat" computes each block again in the backward pass, "kept" does not."""
 
     model: str
     variant: str
@@ -53,158 +82,139 @@ class Case(NamedTuple):
         return " ".join(self)
 
 
-def compile_rows(case: Case, batch_size: int = 0) -> list[Row]:
-    """The rows of a step: one of the whole with its memory, then its parts; one with the error where it fails."""
-    model = MODELS[case.model]
+def classifier_setting(preset: str, size: int, propagation: Propagation, remat: bool, batch_size: int) -> Setting:
+    """Returns a preset of configs/classifier.py with 1,000 classes, on images of `size` pixels a side, in bfloat16."""
+    config: Any = classifier.get_config(preset)
+    config.batch_size, config.model.remat, config.model.dtype = batch_size, remat, "bfloat16"
+    meta: Any = classification.describe(config, data.load("fake", None)) | {"num_classes": 1000}
+    meta["model"]["options"] |= propagation._asdict()
+    return Setting(
+        task=classification.make_task(meta, MixingOptions(**config.mixing.to_dict())),
+        optimizer=classification.optimizer_options(config, STEPS // config.epochs, STEPS),
+        batch={
+            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        },
+    )
+
+
+def generator_setting(preset: str, propagation: Propagation, remat: bool, batch_size: int) -> Setting:
+    """Returns a preset of configs/generator.py with 1,000 classes, on latents of 256 pixels a side, in bfloat16."""
+    config: Any = generator.get_config(preset)
+    config.batch_size, config.model.remat, config.model.dtype = batch_size, remat, "bfloat16"
+    side = config.data.image_size // 8
+    latents = data.LatentSpace((side, side, 4), 0.18215, autoencoder="")
+    dataset = dataclasses.replace(data.load("fake", None), latents=latents)
+    meta: Any = generation.describe(config, dataset) | {"num_classes": 1000}
+    if config.model.name in models.GENERATORS:
+        meta["model"]["options"] |= propagation._asdict()
+    moments = jax.ShapeDtypeStruct((batch_size, *latents.shape), jnp.float32)
+    return Setting(
+        task=generation.make_task(meta),
+        optimizer=classification.optimizer_options(config, STEPS // config.epochs, STEPS),
+        batch={
+            "mean": moments,
+            "log_variance": moments,
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        },
+    )
+
+
+MODELS = {
+    "gspn_t": Model(128, functools.partial(classifier_setting, "gspn_t", 224)),
+    "gspn_xl2": Model(32, functools.partial(generator_setting, "gspn_xl2")),
+    "dit_xl2": Model(32, functools.partial(generator_setting, "dit_xl2"), propagates=False),
+}
+PROPAGATIONS = {
+    "xla": Propagation("xla"),
+    "mosaic": Propagation("mosaic"),  # each layer takes the variant of its table
+    "fused": Propagation("mosaic", "fused"),
+    "fused_h_again": Propagation("mosaic", "fused", keep_states=False),
+    "low_rank": Propagation("mosaic", "low_rank"),
+    "low_rank_h_again": Propagation("mosaic", "low_rank", keep_states=False),
+}
+ORDER = {"model": list(MODELS), "variant": list(PROPAGATIONS), "blocks": [KEPT, REMAT]}
+
+
+def steps() -> list[Step]:
+    """Returns all steps of the report."""
+    return [
+        Step(model, name, blocks)
+        for model in MODELS
+        for name, propagation in PROPAGATIONS.items()
+        if MODELS[model].propagates or name == "xla"
+        # A block that is computed again computes its states again too.
+        for blocks in ((KEPT, REMAT) if propagation.keep_states else (KEPT,))
+    ]
+
+
+def compile_step(setting: Setting) -> jax.stages.Compiled:
+    """Compiles the step that `train` would run on one H200, from abstract arrays."""
+    batch_size = next(iter(setting.batch.values())).shape[0]
+    transform = make_optimizer(setting.optimizer, num_steps=STEPS, batch_size=batch_size)
+    state = jax.eval_shape(
+        functools.partial(initial_state, setting.task.init, transform, seed=0, keep_ema=setting.optimizer.ema_decay > 0)
+    )
+    options = TrainOptions(workdir="", num_steps=STEPS, batch_size=batch_size)
+    mesh: Any = jax.sharding.AbstractMesh((1, 1), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+    shardings = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), state)
+    step = make_step(setting.task.loss, transform, setting.optimizer, options, shardings, mesh)
+    # Without jit and its mesh, which has no device: compilation places everything on one.
+    return compile_only.compile_for_h200(inspect.unwrap(step), state, setting.batch, donate_argnums=0).compiled
+
+
+def compile_rows(step: Step, batch_size: int = 0) -> list[Row]:
+    """Returns the row of a step, with the error where it does not compile."""
+    model = MODELS[step.model]
     batch_size = batch_size or model.batch_size
-    row: Row = dict.fromkeys(COLUMNS, "")
-    row.update(model=case.model, batch=batch_size, variant=case.variant, blocks=case.blocks, part=WHOLE)
+    row: Row = dict.fromkeys(COLUMNS, "") | step._asdict() | {"batch": batch_size}
     started = time.perf_counter()
     try:
-        compiled = compile_step(model.setting(VARIANTS[case.variant], case.blocks == REMAT, batch_size)).compiled
-    except Exception as error:  # whatever stops a compiler is a result here
-        return [row | {"fault": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
+        compiled = compile_step(model.setting(PROPAGATIONS[step.variant], step.blocks == REMAT, batch_size))
+    except Exception as error:  # whatever stops a compiler is a result of the report
+        return [row | {"fault": report.error_text(error)}]
     row["compile_s"] = round(time.perf_counter() - started, 1)
-    whole, *parts = rows_of_program(compiled.as_text() or "")
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    whole.update(
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
+    memory: Any = compiled.memory_analysis()
+    row |= {"argument_bytes": memory.argument_size_in_bytes, "output_bytes": memory.output_size_in_bytes}
+    row |= {"alias_bytes": memory.alias_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
+    return [row | {"peak_bytes": memory.peak_memory_in_bytes} | costs.totals(compiled.as_text() or "")]
+
+
+def page(about: Mapping[str, str], rows: Sequence[Row]) -> str:
+    """Returns the table in Markdown."""
+    giga = ("argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "bytes")
+    others = ("least_ms", "launches", "compile_s", "commit", "date", "fault")
+    heads = (
+        "step",
+        "batch",
+        *(f"{key.removesuffix('_bytes')}, GB" for key in giga[:-1]),
+        "moved, GB",
+        "TFLOP",
+        *others,
     )
-    return [row | whole, *(row | {"compile_s": ""} | part for part in parts)]
-
-
-def cases(only: str = "") -> list[Case]:
-    """All combinations, those alone whose text contains `only`."""
-    listed = (
-        Case(model, name, blocks)
-        for model in MODELS
-        for name, variant in VARIANTS.items()
-        if MODELS[model].propagates or name == "xla"
-        # Where blocks are computed again, so are their states.
-        for blocks in ((KEPT, REMAT) if variant.keep_states else (KEPT,))
+    cells = [
+        (f"{row['model']} {row['variant']} {row['blocks']}", row["batch"],
+         *(f"{int(row[key]) / 1e9:.2f}" if row[key] else "" for key in giga),
+         f"{int(row['flops']) / 1e12:.1f}" if row["flops"] else "", *(row[key] for key in others))
+        for row in rows
+    ]  # fmt: skip
+    return (
+        report.header("Train steps, compiled for an H200 and not executed", about)
+        + tables.markdown(heads, cells)
+        + "\n"
     )
-    return [case for case in listed if only in str(case)]
-
-
-def run(listed: Sequence[Case], out: str, batch_size: int = 0) -> list[Row]:
-    """Compiles all cases and returns their rows; after each, writes both tables into the folder `out`.
-
-    The rows of other steps that the tables there hold stay, with their commit and date.
-    """
-    folder = pathlib.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)  # before the minutes that compilation takes
-    about = {
-        "command": 'python -m experiments.step_report; a row alone with --only="STEP"',
-        "compiled for": f"{deviceless.DEVICE_KIND}, with jax {jax.__version__}",
-        "note": NOTE,
-    }
-    origin = {
-        "commit": provenance.commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-    written, rows = _read(folder / "step_report.csv"), []
-    for number, case in enumerate(listed, 1):
-        found = [row | origin for row in compile_rows(case, batch_size)]
-        rows += found
-        print(f"{number}/{len(listed)} {case}: {found[0]['fault'] or 'compiled'}", flush=True)
-        written = sorted([row for row in written if _title(row) != str(case)] + found, key=_place)
-        with open(folder / "step_report.csv", "w", newline="") as file:
-            file.writelines(f"# {key}: {value}\n" for key, value in about.items())
-            writer = csv.DictWriter[str](file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(written)
-        (folder / "step_report.md").write_text(_markdown(about, written))
-    return rows
-
-
-def _read(path: pathlib.Path) -> list[Row]:
-    """The rows of a table, with numbers as numbers; none if there is no such file."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("# ")))
-    return [{key: _number(row.get(key, "")) if key in NUMBERS else row[key] for key in COLUMNS} for row in rows]
-
-
-def _number(text: str) -> float | str:
-    return text if text == "" else float(text) if "." in text or "e" in text else int(text)
-
-
-def _place(row: Row) -> tuple[int, ...]:
-    """Where the step of a row stands in the table."""
-    return tuple(list(known).index(row[key]) if row[key] in known else len(known) for key, known in _ORDER)
-
-
-def _markdown(about: dict[str, str], rows: Sequence[Row]) -> str:
-    lines = ["# Train steps, compiled for an H200 and not executed", "", *(f"- {key}: {about[key]}" for key in about)]
-    whole = [row for row in rows if row["part"] == WHOLE]
-    memory = ("argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes")
-    others = ("limit_ms", "launches", "compile_s", "commit", "date", "fault")
-    lines += ["", "## Memory in GB (1e9 bytes)", ""]
-    lines += _table(
-        ("step", "batch", *(key.removesuffix("_bytes") for key in memory), *others),
-        [(_title(row), row["batch"], *(_giga(row[key]) for key in memory), *(row[key] for key in others))
-         for row in whole],
-    )  # fmt: skip
-    large = [
-        row for row in rows if row["share"] and row["share"] > LARGE and row["part"] not in (WHOLE, KERNELS, SCANS)
-    ]
-    lines += ["", f"## More than {LARGE:.0%} of the estimated time, outside of the propagation", ""]
-    lines += [f"- {_title(row)}: {row['part']}, {row['share']:.1%} ({row['kinds']})" for row in large] or ["- nothing"]
-    for step in whole:
-        lines += ["", f"## {_title(step)}", ""]
-        lines += _table(
-            ("part", "launches", "GB", "TFLOP", "limit_ms", "share", "kinds, by time"),
-            [(r["part"], r["launches"], _giga(r["bytes"]), f"{r['flops'] / 1e12:.3f}", r["limit_ms"],
-              f"{r['share']:.1%}", r["kinds"])
-             for r in rows if _title(r) == _title(step) and r["bytes"] != ""],
-        )  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def _title(row: Row) -> str:
-    return str(Case(row["model"], row["variant"], row["blocks"]))
-
-
-def _giga(size: Any) -> str:
-    return "" if size == "" else f"{size / 1e9:.2f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    cells = (" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in (header, *rows))
-    head, *body = (f"| {row} |" for row in cells)
-    return [head, "|---" * len(header) + "|", *body]
 
 
 def define_flags() -> None:
-    flags.DEFINE_string(
-        "only", "", 'Part of "MODEL VARIANT kept" or "MODEL VARIANT remat": only steps that contain it.'
-    )
-    flags.DEFINE_string("out", "experiments/results", "Folder for the two tables.")
-    flags.DEFINE_integer("batch_size", 0, "Instead of the model's; 0 leaves it.", lower_bound=0)
+    report.define_flags("step_report")
+    flags.adopt_module_key_flags(report)
+    flags.DEFINE_integer("batch_size", 0, "Batch size instead of the model's; 0 keeps the model's.", lower_bound=0)
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv:
-        raise ValueError(f"expected flags only, got {' '.join(argv)}")
-    reason = deviceless.missing()
-    if reason is not None:
-        raise ValueError(reason)
-    jax.config.update("jax_platforms", "cpu")  # else JAX looks for the libraries to run on a GPU, and gives up
-    chosen = flags.FLAGS
-    listed = cases(chosen.only)
-    if not listed:
-        raise ValueError(f"only: no step contains {chosen.only!r}")
-    rows = run(listed, chosen.out, chosen.batch_size)
-    print(f"{len(rows)} rows written to {chosen.out}/step_report.md and .csv.")
-    faulty = [row for row in rows if row["fault"]]
-    if faulty:
-        raise ValueError(f"{len(faulty)} of {len(listed)} steps failed, the first of {_title(faulty[0])}")
+def main() -> None:
+    compile_one = functools.partial(compile_rows, batch_size=flags.FLAGS.batch_size)
+    rows = Report(compile_one, COLUMNS, ORDER, page, NOTE).run(report.chosen(steps()), flags.FLAGS.output)
+    report.refuse_faults(rows, lambda row: f"{row['model']} {row['variant']} {row['blocks']}: {row['fault']}")
 
 
 if __name__ == "__main__":

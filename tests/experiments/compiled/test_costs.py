@@ -1,24 +1,9 @@
 import pytest
 
-from experiments.hlo_costs import Program, arrays
+from experiments.compiled.costs import Cost, Program, arrays, totals
 
-# Two frames; parents are printed one too high. The loop runs three times and updates a line of an array in place.
+# The loop runs three times and updates a line of an array in place.
 TEXT = """HloModule m, is_scheduled=true
-
-FileNames
-1 "a.py"
-
-FunctionNames
-1 "outer"
-2 "inner"
-
-FileLocations
-1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=1 end_column=2}
-2 {file_name_id=1 function_name_id=2 line=2 end_line=2 column=1 end_column=2}
-
-StackFrames
-1 {file_location_id=1 parent_frame_id=1}
-2 {file_location_id=2 parent_frame_id=2}
 
 %product (p.0: bf16[64,32], p.1: bf16[32,16]) -> bf16[64,16] {
   %p.0 = bf16[64,32]{1,0} parameter(0)
@@ -44,7 +29,7 @@ StackFrames
   %i = s32[] get-tuple-element(%s), index=0
   %a = f32[8,100]{1,0} get-tuple-element(%s), index=1
   %b = bf16[8,2,100]{2,1,0} get-tuple-element(%s), index=2
-  %fused = f32[8,100]{1,0} fusion(%a, %b, /*index=2*/%i), kind=kLoop, calls=%update, metadata={op_name="put" stack_frame_id=2}
+  %fused = f32[8,100]{1,0} fusion(%a, %b, /*index=2*/%i), kind=kLoop, calls=%update, metadata={op_name="put"}
   %begun = ((f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}, s32[]), f32[8,100]{1,0}, u32[]) fusion-start(%fused, %b, %i), kind=kLoop, calls=%update
   %ended = f32[8,100]{1,0} fusion-done(%begun)
   ROOT %t = (s32[], f32[8,100]{1,0}, bf16[8,2,100]{2,1,0}) tuple(%i, %ended, %b)
@@ -56,7 +41,7 @@ StackFrames
   %p.7 = s32[] parameter(2)
   %none = s32[] constant(0)
   %layer = f32[1,2,5]{2,1,0} dynamic-slice(%p.5, %p.7, %none, %none), dynamic_slice_sizes={1,2,5}
-  %of_layer = bf16[1,2,5]{2,1,0} custom-call(%layer), custom_call_target="mosaic_gpu_v2", metadata={stack_frame_id=2}
+  %of_layer = bf16[1,2,5]{2,1,0} custom-call(%layer), custom_call_target="mosaic_gpu_v2"
   ROOT %stacked = bf16[7,2,5]{2,1,0} dynamic-update-slice(%p.6, %of_layer, %p.7, %none, %none)
 }
 
@@ -65,7 +50,7 @@ ENTRY %main (x: bf16[64,32], y: bf16[32,16], z: bf16[4,9,9,6], k: bf16[6,3,3,1])
   %y = bf16[32,16]{1,0} parameter(1)
   %z = bf16[4,9,9,6]{3,2,1,0} parameter(2)
   %k = bf16[6,3,3,1]{3,2,1,0} parameter(3)
-  %gemm = bf16[64,16]{1,0} fusion(%x, %y), kind=kCustom, calls=%product, metadata={op_name="a/dot" stack_frame_id=1}
+  %gemm = bf16[64,16]{1,0} fusion(%x, %y), kind=kCustom, calls=%product, metadata={op_name="a/dot"}
   %moved = bf16[64,16]{0,1} copy(%gemm)
   %conv = (bf16[4,9,9,6]{3,2,1,0}, u8[0]{0}) custom-call(%z, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, feature_group_count=6, custom_call_target="__cudnn$convForward"
   %place = f32[2,5]{1,0} custom-call(), custom_call_target="AllocateBuffer"
@@ -87,17 +72,15 @@ def test_costs_of_each_kind():
         2 * (64 * 32 + 32 * 16 + 64 * 16),
         2 * 64 * 32 * 16,
     )
-    assert gemm.frames == ("outer",) and gemm.operation == "a/dot" and gemm.launches == 1
-    # A copy that the compiler added belongs where its operand does.
-    assert (moved.kind, moved.bytes, moved.frames) == ("copy", 4 * 64 * 16, ("outer",))
+    assert gemm.launches == 1
+    assert (moved.kind, moved.bytes) == ("copy", 4 * 64 * 16)
     assert (conv.kind, conv.flops) == ("depthwise convolution", 2 * 9 * 4 * 9 * 9 * 6)
     # Written into the place of an operand: counted once.
     assert (mine.kind, mine.bytes) == ("mosaic_gpu_v2", 2 * 64 * 32 + 4 * 2 * 5)
     # A kernel in a fusion that hands it a layer of one stack and has its result written into another.
-    assert (of_layer.kind, of_layer.bytes, of_layer.frames) == ("mosaic_gpu_v2", 10 * 4 + 10 * 2, ("inner", "outer"))
-    assert [array.dims for array in of_layer.arrays] == [(1, 2, 5), (1, 2, 5)]
+    assert (of_layer.kind, of_layer.bytes) == ("mosaic_gpu_v2", 10 * 4 + 10 * 2)
     # Half of a line read, the index read, a line written; three times.
-    assert (fused.bytes, fused.launches, fused.frames) == (100 * 2 + 4 + 100 * 4, 3, ("inner", "outer"))
+    assert (fused.bytes, fused.launches) == (100 * 2 + 4 + 100 * 4, 3)
     assert (begun.kind, begun.bytes, begun.launches) == ("fusion", fused.bytes, 3)
 
 
@@ -109,3 +92,24 @@ def test_arrays_of_a_shape():
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="ENTRY"):
         Program("module {}")
+
+
+def test_a_kernel_for_one_direction_reads_one_of_four_maps():
+    text = """ENTRY %main (m: bf16[2,3,5,4,8]) -> bf16[2,3,5,8] {
+  %m = bf16[2,3,5,4,8]{4,3,2,1,0} parameter(0)
+  ROOT %k = bf16[2,3,5,8]{3,2,1,0} custom-call(%m), custom_call_target="mosaic_gpu_v2", metadata={op_name="a/NAME"}
+}
+"""
+    result = 2 * 3 * 5 * 8 * 2
+    assert totals(text.replace("NAME", "propagation"))["bytes"] == 2 * result
+    assert totals(text.replace("NAME", "propagation_on_chip/map"))["bytes"] == 5 * result
+
+
+def test_totals_and_the_least_time():
+    product = Cost("p", "matrix product", 1, int(4.3e9), int(7e11))
+    assert product.least_seconds == pytest.approx(1e-3)
+    assert Cost("p", "depthwise convolution", 1, int(4.3e9), int(7e11)).least_seconds == pytest.approx(7e11 / 60e12)
+    costs, found = list(Program(TEXT).costs()), totals(TEXT)
+    assert found["launches"] == 5 + 2 * 3 and found["flops"] == sum(cost.flops * cost.launches for cost in costs)
+    assert found["bytes"] == sum(cost.bytes * cost.launches for cost in costs)
+    assert found["least_ms"] == pytest.approx(1e3 * sum(c.least_seconds * c.launches for c in costs), rel=1e-3)
