@@ -27,8 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiments import command_line, generation, image_batches, provenance
+from experiments.contact_sheet import contact_sheet
 from experiments.encode_latents import load_autoencoder
-from experiments.figures.batch import contact_sheet
 from experiments.sampling import NOISE_SAMPLERS, VELOCITY_SAMPLERS, Sampling, draw
 from gspn_jax.training import load_parameters
 from gspn_jax.training.sharding import local_mesh, place_batch, place_tree

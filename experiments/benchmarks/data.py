@@ -6,7 +6,6 @@ ROOT holds train/CLASS/FILE and val/CLASS/FILE. One thread makes the batches. Th
 one core and hardly depends on the machine's other work; the rate by the clock is close to it on a quiet machine.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -27,17 +26,6 @@ from gspn_jax import data
 
 LIBRARIES = ("grain", "numpy", "pillow")
 BATCH_SIZE = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    """Images per second on one thread; medians over repetitions."""
-
-    pipeline: str
-    image_size: int
-    images: int  # in all repetitions
-    images_per_second: float  # by the clock
-    images_per_core_second: float  # by processor time
 
 
 def pipelines(dataset: data.Dataset, image_size: int) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
@@ -64,8 +52,12 @@ def pipelines(dataset: data.Dataset, image_size: int) -> dict[str, Callable[[], 
     }
 
 
-def measure(name: str, start: Callable[[], Iterator[dict[str, Any]]], *, image_size: int, seconds: float) -> Rate:
-    """Makes batches for `seconds` in each of three repetitions, after a first batch that does not count."""
+def measure(start: Callable[[], Iterator[dict[str, Any]]], *, seconds: float) -> dict[str, float]:
+    """Makes batches for `seconds` in each of three repetitions, after a first batch that does not count.
+
+    Returns:
+        The images of all repetitions, and the medians of images per second by the clock and by processor time.
+    """
     stream = start()
     next(stream)
     counted, by_clock, by_processor = 0, [], []
@@ -77,7 +69,8 @@ def measure(name: str, start: Callable[[], Iterator[dict[str, Any]]], *, image_s
         by_clock.append(images / (time.perf_counter() - clock))
         by_processor.append(images / (time.process_time() - processor))
         counted += images
-    return Rate(name, image_size, counted, round(statistics.median(by_clock)), round(statistics.median(by_processor)))
+    rates = {"images_per_second": by_clock, "images_per_core_second": by_processor}
+    return {"images": counted, **{name: round(statistics.median(values)) for name, values in rates.items()}}
 
 
 def describe_run(dataset: data.Dataset) -> dict[str, Any]:
@@ -101,11 +94,11 @@ def benchmark(data_path: str, *, image_size: int, seconds: float) -> dict[str, A
     about = describe_run(dataset)
     rates = []
     for name, start in pipelines(dataset, image_size).items():
-        rate = measure(name, start, image_size=image_size, seconds=seconds)
-        per_core, by_clock = rate.images_per_core_second, rate.images_per_second
+        rate = measure(start, seconds=seconds)
+        per_core, by_clock = rate["images_per_core_second"], rate["images_per_second"]
         print(f"{per_core:6.0f} images/s per core, {by_clock:6.0f} by the clock: {name}", flush=True)
-        rates.append(rate)
-    return {**about, "rates": [dataclasses.asdict(rate) for rate in rates]}
+        rates.append({"pipeline": name, "image_size": image_size, **rate})
+    return {**about, "rates": rates}
 
 
 def define_flags() -> None:

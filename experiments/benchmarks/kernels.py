@@ -100,7 +100,6 @@ def run(
 
 def define_flags() -> None:
     options.define_flags()
-    flags.adopt_module_key_flags(options)
     flags.DEFINE_list("candidates", list(COMPARED), f"Some of {', '.join(CANDIDATES)}.")
     flags.DEFINE_list("dtypes", list(DTYPES[:2]), f"Some of {', '.join(DTYPES)}.")
     flags.DEFINE_list("directions", list(DIRECTIONS), "Directions of the scans.")

@@ -217,7 +217,6 @@ def run(
 
 def define_flags() -> None:
     options.define_flags()
-    flags.adopt_module_key_flags(options)
     flags.DEFINE_list("candidates", list(CANDIDATES), "The mixers to compare.")
     flags.DEFINE_list("passes", list(PASSES), "Some of forward, and both: forward and backward in one program.")
 
@@ -259,9 +258,9 @@ def reference(shape: KernelShape, channels: int, pass_: str) -> Callable[..., An
     def mix(parameters: Any, x: jax.Array) -> jax.Array:
         mixer = nnx.merge(graph, parameters)
         up = UpProjection(columns(mixer.logits, 3), *map(columns, (mixer.lam, mixer.gate, mixer.skip)))
-        maps = _maps(mixer.proxy(x), up)
-        x = x[..., -channels:]
-        return pallas_kernels.propagate(x, *maps, mixer.merge[...], chunk=shape.chunk, implementation="xla")
+        logits, lam, gates, skip = _maps(mixer.proxy(x), up)
+        x, options = x[..., -channels:], dict[str, Any](chunk=shape.chunk, implementation="xla")
+        return pallas_kernels.propagate(x, logits, lam, gates, skip, mixer.merge[...], **options)
 
     return mix if pass_ == "forward" else with_gradients(mix)
 

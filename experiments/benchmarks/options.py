@@ -61,10 +61,11 @@ def from_flags() -> Options:
 
 def chosen(flag: str, known: Sequence[str]) -> tuple[str, ...]:
     """Returns the values of a list flag; ValueError if one is not in `known`."""
-    for value in FLAGS[flag].value:
+    values: Any = FLAGS[flag].value
+    for value in values:
         if value not in known:
             raise ValueError(f"{flag}: expected some of {', '.join(known)}; got {value!r}")
-    return tuple(dict.fromkeys(FLAGS[flag].value))
+    return tuple(dict.fromkeys(values))
 
 
 def dry_without_gpu(options: Options) -> Options:

@@ -114,8 +114,8 @@ def main() -> None:
         raise ValueError(f"nothing to time: {present}")
     clock, why = ("host", "dry") if given.dry else device_time.choose_clock()
     print(f"clock: {clock} {why}")
-    options = dict(clock=clock, repeats=given.repeats, seed=given.seed, dry=given.dry)
-    options |= dict(num_tiles=min(given.num_tiles, 2) if given.dry else given.num_tiles)
+    options: Any = dict(clock=clock, repeats=given.repeats, seed=given.seed, dry=given.dry)
+    options["num_tiles"] = min(given.num_tiles, 2) if given.dry else given.num_tiles
     found = {}
     directions, passes = chosen("directions", DIRECTIONS), chosen("passes", PASSES)
     for shape in shapes:

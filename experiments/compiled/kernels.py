@@ -218,7 +218,6 @@ REPORT = Report(compile_rows, COLUMNS, ORDER, page, NOTE)
 
 def define_flags() -> None:
     report.define_flags("kernel_report")
-    flags.adopt_module_key_flags(report)
     flags.DEFINE_list("directions", ["right", "down"], "Directions of scans; left and up differ by a sign.")
     flags.DEFINE_list("dtypes", ["bfloat16"], f"Dtypes of everything but weights: some of {', '.join(DTYPES)}.")
 

@@ -207,7 +207,6 @@ def page(about: Mapping[str, str], rows: Sequence[Row]) -> str:
 
 def define_flags() -> None:
     report.define_flags("step_report")
-    flags.adopt_module_key_flags(report)
     flags.DEFINE_integer("batch_size", 0, "Batch size instead of the model's; 0 keeps the model's.", lower_bound=0)
 
 

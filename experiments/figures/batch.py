@@ -6,22 +6,15 @@
 Mixup and cutmix come later, on the device, and are not drawn.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
-from PIL import Image, ImageDraw
 
 from configs.classifier import get_config
 from experiments import command_line
+from experiments.contact_sheet import contact_sheet
 from gspn_jax import data
-
-LEAST_SIDE = 96  # pixels: smaller images are drawn larger, each pixel as a square
-CAPTION_HEIGHT = 14
-GAP = 4
 
 
 def draw(config: Any, *, output: str, count: int, batch: int) -> str:
@@ -57,23 +50,6 @@ def draw(config: Any, *, output: str, count: int, batch: int) -> str:
     sheet = contact_sheet(drawn["image"], [dataset.class_names[label] for label in drawn["label"]])
     sheet.save(output)
     return f"{output}: {len(drawn['image'])} of the {config.batch_size} images of batch {batch}"
-
-
-def contact_sheet(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
-    """Returns images uint8 (N, H, W, 3) in a nearly square grid, each above its caption."""
-    count, height, width, _ = images.shape
-    times = math.ceil(LEAST_SIDE / min(height, width))
-    columns = math.ceil(math.sqrt(count * height / width))
-    step_x, step_y = width * times + GAP, height * times + CAPTION_HEIGHT + GAP
-    sheet = Image.new("RGB", (columns * step_x + GAP, math.ceil(count / columns) * step_y + GAP), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = GAP + number % columns * step_x, GAP + number // columns * step_y
-        sheet.paste(Image.fromarray(image.repeat(times, axis=0).repeat(times, axis=1)), (left, top))
-        while pen.textlength(caption) > width * times:
-            caption = caption[:-1]
-        pen.text((left, top + height * times), caption, fill="black")
-    return sheet
 
 
 def define_flags() -> None:

@@ -1,4 +1,4 @@
-"""Draws time against resolution from a CSV of `experiments.benchmarks.kernels` or `mixers`, and tabulates kernels.
+"""Draws time against resolution from a CSV of `experiments.benchmarks.kernels` or `mixers`, and tabulates them.
 
     python -m experiments.figures.kernels --csv=experiments/results/kernels.csv --output=experiments/results/kernels
 
@@ -29,7 +29,6 @@ LABELS = {
 }
 DIRECTIONS_OF_A_LAYER = 4
 _STAMP = ("hardware", "driver", "jax", "commit", "date", "command")
-_HEADS = ("map (B, H, W, C)", "dtype", "pass", "kernel, ms", "GB/s", "of copy", "lax.scan, ms", "faster", "flash, ms")
 
 Row = dict[str, str]
 
@@ -90,39 +89,18 @@ def draw(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, path: s
 
 
 def table(about: Mapping[str, str], rows: Sequence[Row], *, direction: str = "down") -> str:
-    """Returns Markdown: for each map, dtype and pass, the time and bandwidth of kernels beside lax.scan and flash."""
-    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    """Returns Markdown: time, bandwidth and share of the copy bandwidth of every timed candidate, by map and pass."""
+    cells = []
     for row in rows:
         if row["median_ms"] and row["shape"] and row.get("direction", "") in (direction, ""):
-            cases.setdefault((row["shape"], row["dtype"], row["pass"]), {})[row["candidate"]] = row
-    cells = []
-    for (_, dtype, pass_), found in cases.items():
-        kernel, scan, flash = (
-            next((found[name] for name in names if name in found), None)
-            for names in (("mosaic", "gspn"), ("xla",), ("flash_attention",))
-        )
-        shape = next(iter(found.values()))
-        size = ", ".join(shape[key] for key in ("batch", "height", "width", "channels"))
-        if shape.get("weight_channels", shape["channels"]) != shape["channels"]:
-            size += f" (C_w {shape['weight_channels']})"
-        # The better of lax.scan's two times: a trace may slow its many small kernels down.
-        faster = _milliseconds(scan) / float(kernel["median_ms"]) if kernel and scan else 0
-        share = f"{float(kernel['share']):.0%}" if kernel and kernel["share"] else ""
-        cells.append(
-            (size, dtype, pass_, _figure(kernel, "median_ms"), _figure(kernel, "gb_per_s"), share,
-             _figure(scan, "median_ms"), f"{faster:.1f} x" if faster else "", _figure(flash, "median_ms"))
-        )  # fmt: skip
+            size = ", ".join(row[key] for key in ("batch", "height", "width", "channels"))
+            figures = (f"{float(row[key]):.3g}" if row[key] else "" for key in ("median_ms", "host_ms", "gb_per_s"))
+            share = f"{float(row['share']):.0%}" if row["share"] else ""
+            cells.append((row["shape"], size, row["dtype"], row["pass"], row["candidate"], *figures, share))
+    heads = ("map", "B, H, W, C", "dtype", "pass", "candidate", "ms", "ms by the host", "GB/s", "of a copy")
     where = "; ".join(f"{key} {about[key]}" for key in _STAMP if key in about)
-    note = f"Scans in one direction, `{direction}`. Medians of device time; flash: softmax attention by cuDNN. {where}."
-    return f"{tables.markdown(_HEADS, cells)}\n\n{note}\n"
-
-
-def _milliseconds(scan: Row) -> float:
-    return min(float(scan["median_ms"]), float(scan["host_ms"]))
-
-
-def _figure(row: Row | None, key: str) -> str:
-    return f"{float(row[key]):.3g}" if row and row[key] else ""
+    note = f"Medians of device time; scans walk one direction, `{direction}`. {where}."
+    return f"{tables.markdown(heads, cells)}\n\n{note}\n"
 
 
 def define_flags() -> None:

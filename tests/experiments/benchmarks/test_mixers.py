@@ -36,6 +36,7 @@ def test_dry_run_writes_every_case_and_no_device_time(tmp_path, capsys):
     assert "No GPU on this machine: a dry run" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_interpreted_kernels_pass_the_gate():
     (row,) = mixers.run(Options(correctness_only=True), ["low_rank_on_chip"], ["forward"])
     assert (row["shape"], row["status"], row["checked"]) == ("width1152_16", "right", "forward, whole")

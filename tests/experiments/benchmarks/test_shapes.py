@@ -14,7 +14,9 @@ from pallas_kernels import record_choices
 from tests.test_layout import REPOSITORY
 
 
-@pytest.mark.parametrize("name", ["gspn_t", "gspn_s", "gspn_b"])
+@pytest.mark.parametrize(
+    "name", ["gspn_t", pytest.param("gspn_s", marks=pytest.mark.full), pytest.param("gspn_b", marks=pytest.mark.full)]
+)
 def test_classifier_shapes_are_those_of_the_model(name):
     model = nnx.eval_shape(lambda: models.build(name, num_classes=1000, rngs=nnx.Rngs(0)))
     with record_choices() as choices:

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from configs.classifier import get_config
-from experiments.figures.batch import CAPTION_HEIGHT, GAP, contact_sheet, draw
+from experiments.contact_sheet import CAPTION_HEIGHT, GAP, contact_sheet
+from experiments.figures.batch import draw
 from gspn_jax import data
 from tests.data import pictures
 
