@@ -1,0 +1,232 @@
+"""Registers, spills and shared memory of the Mosaic kernels on an H200, compiled on a machine without one.
+
+    python -m experiments.compiled.kernels --only=gspn_t --output=experiments/results/kernel_report
+
+Writes OUTPUT.csv with a row for each kernel, and OUTPUT.md with a summary. Needs requirements-gpu-compile.txt and no
+GPU; a row takes a second or two. Exit code 1 if a kernel does not compile, spills registers or asks for more shared
+memory than there is. No column is a measured time.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from experiments import command_line, tables
+from experiments.benchmarks.options import chosen
+from experiments.benchmarks.shapes import CHOSEN, CROSSOVER, LARGER, SHAPES, SHARED, KernelShape
+from experiments.compiled import report
+from experiments.compiled.report import Report, Row
+from pallas_kernels import DIRECTIONS, UpProjection
+from pallas_kernels.dispatch import PATHS as VARIANTS
+from pallas_kernels.mosaic import compile_only, operations
+from pallas_kernels.mosaic import paths as variants
+from pallas_kernels.mosaic.card import H200
+from pallas_kernels.mosaic.compile_only import Kernel
+from pallas_kernels.mosaic.forms import Form
+from pallas_kernels.mosaic.tiles import Tile
+
+SCANS = ("from_logits", "from_weights")  # in one direction
+ALL_DIRECTIONS = "all"
+DTYPES = ("bfloat16", "float16", "float32")
+FORWARD, TRAINING, BACKWARD = "forward", "training forward", "backward"  # the second keeps h for the third
+PASSES = (FORWARD, TRAINING, BACKWARD)
+NOTE = (
+    "Compiled, not executed. Registers, spills and stack are per thread, shared memory per CTA, by the assembler's "
+    "report. temporary_bytes belong to the whole program: padding, layouts for the kernel, and the state that launches "
+    "hand on; a training forward pass writes the four h besides. Each row names its commit."
+)
+COLUMNS = (
+    "shape", "batch", "height", "width", "channels", "weight_channels", "chunk", "rank", "direction", "pass",
+    "operation", "dtype", "kernel", "tile", "registers", "spill_bytes", "stack_bytes", "shared_memory", "ctas",
+    "threads", "ctas_per_multiprocessor", "tma_loads", "temporary_bytes", "fault", "commit", "date",
+)  # fmt: skip
+ORDER = {
+    "shape": [shape.name for shape in SHAPES],
+    "direction": [*DIRECTIONS, ALL_DIRECTIONS],
+    "operation": [*SCANS, *VARIANTS],
+    "pass": PASSES,
+    "dtype": DTYPES,
+}
+
+
+class Program(NamedTuple):
+    """An operation to compile: a line scan, or a variant of the propagation."""
+
+    shape: KernelShape
+    direction: str
+    pass_: str
+    operation: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return " ".join((self.shape.name, *self[1:]))
+
+    @property
+    def work(self) -> variants.Work:
+        """The work of a variant of the propagation."""
+        shape = self.shape
+        rank = shape.rank if self.operation.startswith("low_rank") else 0
+        size = (shape.batch, shape.height, shape.width, shape.channels)
+        return variants.Work(size, self.dtype, shape.weight_channels, shape.chunk, rank)
+
+
+def programs(shapes: Iterable[KernelShape], directions: Sequence[str], dtypes: Sequence[str]) -> list[Program]:
+    """Returns all combinations that exist."""
+    scans = [(direction, operation) for direction in directions for operation in SCANS]
+    listed = (
+        Program(shape, direction, pass_, operation, dtype)
+        for shape in shapes
+        for dtype in dtypes
+        for direction, operation in (
+            *([] if shape in (*LARGER, *CROSSOVER, *SHARED) else scans),
+            *([(ALL_DIRECTIONS, variant) for variant in VARIANTS] if shape in CHOSEN else []),
+        )
+        for pass_ in PASSES
+    )
+    return [program for program in listed if exists(program)]
+
+
+def exists(program: Program) -> bool:
+    """Says whether there is such a kernel: on-chip ones serve only the forward pass, low-rank ones only 16 bits."""
+    if program.operation not in VARIANTS:
+        return program.pass_ != TRAINING  # the result of a scan is h
+    if program.operation.startswith("low_rank") and program.dtype == "float32":
+        return False
+    if not program.operation.endswith(variants.ON_CHIP):
+        return True
+    try:
+        with compile_only.h200():
+            return program.pass_ != BACKWARD and bool(variants.forms(program.work, program.operation))
+    except ValueError:  # no tile serves the map
+        return False
+
+
+def bind(program: Program) -> tuple[Callable[..., Any], list[Any], list[Tile]]:
+    """Returns the function to compile, its arguments and the tile of each direction."""
+    if program.operation in VARIANTS:
+        return _bind_propagation(program)
+    shape, dtype = program.shape, jnp.dtype(program.dtype)
+    from_logits = program.operation == "from_logits"
+    maps = (shape.batch, shape.height, shape.width, shape.channels)
+    x = jax.ShapeDtypeStruct(maps, dtype)
+    weights = jax.ShapeDtypeStruct((*maps[:3], 3, shape.weight_channels), dtype if from_logits else jnp.float32)
+    kernels = operations.Kernels()
+    if program.pass_ == FORWARD:
+        function, arguments, loads, stores = kernels.scan_forward, [x, weights, x], (x, x), (x,)
+    else:
+        function, arguments, loads, stores = kernels.scan_backward, [x, weights, x, x, x], (x, x, x, x), (x, x)
+    with compile_only.h200():
+        form = Form(program.pass_, x, weights, loads, stores, program.direction, shape.chunk, None, False)
+    options = dict(direction=program.direction, chunk=shape.chunk, from_logits=from_logits)
+    return functools.partial(function, **options), arguments, [form.tile]
+
+
+def _bind_propagation(program: Program) -> tuple[Callable[..., Any], list[Any], list[Tile]]:
+    """As `bind`, for four directions with gate and skip."""
+    shape, variant, is_forward = program.shape, program.operation, program.pass_ != BACKWARD
+    pixels = (shape.batch, shape.height, shape.width)
+
+    def array(*axes: int, dtype: Any = program.dtype) -> Any:
+        return jax.ShapeDtypeStruct(axes, dtype)
+
+    x, merge = array(*pixels, shape.channels), array(4, dtype=jnp.float32)
+    kernels, options = operations.Kernels(), dict[str, Any](chunk=shape.chunk)
+    if variant.startswith("low_rank"):
+        logits = array(shape.rank, 4, 3, shape.weight_channels)
+        up = UpProjection(logits, *[array(shape.rank, 4, shape.channels)] * 3)
+        arguments: list[Any] = [x, array(*pixels, shape.rank), up, merge]
+        function = kernels.low_rank_forward if is_forward else kernels.low_rank_backward
+        options["path"] = variant
+    else:
+        maps = [array(*pixels, 4, shape.channels)] * 3
+        arguments = [x, array(*pixels, 4, 3, shape.weight_channels), *maps, merge]
+        function = kernels.propagation_forward if is_forward else kernels.propagation_backward
+        options |= dict(path=variant) if is_forward else {}
+    if is_forward:
+        options["keep"] = program.pass_ == TRAINING
+    else:
+        arguments += [[x] * 4, x]
+    with compile_only.h200():
+        forms = variants.forms(program.work, variant, kernel=FORWARD if is_forward else BACKWARD)
+    return functools.partial(function, **options), arguments, forms.tiles
+
+
+def compile_rows(program: Program) -> list[Row]:
+    """Returns a row for each kernel of the program; one with the error where it does not compile."""
+    shape = program.shape
+    row: Row = dict.fromkeys(COLUMNS, "")
+    row.update(shape=shape.name, batch=shape.batch, height=shape.height, width=shape.width, channels=shape.channels)
+    row.update(weight_channels=shape.weight_channels, chunk=shape.chunk or "", direction=program.direction)
+    row.update({"operation": program.operation, "pass": program.pass_, "dtype": program.dtype})
+    if program.operation.startswith("low_rank"):
+        row["rank"] = shape.rank
+    try:
+        function, arguments, tiles = bind(program)
+        row["tile"] = "; ".join(dict.fromkeys(map(str, tiles)))
+        compilation = compile_only.compile_for_h200(function, *arguments)
+    except Exception as error:  # whatever stops a compiler is a result of the report
+        return [row | {"fault": report.error_text(error)}]
+    if not compilation.kernels:
+        return [row | {"fault": "no Mosaic kernel in the program"}]
+    memory = compilation.compiled.memory_analysis()
+    row["temporary_bytes"] = memory.temp_size_in_bytes if memory is not None else ""
+    return [row | resources(kernel) for kernel in compilation.kernels]
+
+
+def resources(kernel: Kernel) -> Row:
+    """Returns the columns of one kernel."""
+    faults = []
+    if kernel.spill_bytes:
+        faults.append(f"spills {kernel.spill_bytes} bytes")
+    if kernel.shared_memory > H200.shared_memory:
+        faults.append(f"asks for more than {H200.shared_memory} bytes of shared memory")
+    elif not kernel.ctas_per_multiprocessor:
+        faults.append("takes more registers than a multiprocessor has")
+    names = ("registers", "spill_bytes", "stack_bytes", "shared_memory", "ctas", "threads", "ctas_per_multiprocessor")
+    values = {name: getattr(kernel, name) for name in names}
+    return values | {"kernel": kernel.name, "tma_loads": kernel.count("UTMALDG"), "fault": "; ".join(faults)}
+
+
+def page(about: Mapping[str, str], rows: Sequence[Row]) -> str:
+    """Returns the summary in Markdown: a line for each operation and pass."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["operation"], row["pass"]), []).append(row)
+
+    def span(group: Sequence[Row], column: str, unit: int = 1) -> str:
+        values = [int(row[column]) / unit for row in group if row[column] != ""]
+        return f"{min(values):.0f} to {max(values):.0f}" if values else ""
+
+    heads = ("operation", "pass", "rows", "registers", "spill bytes", "shared memory, KiB", "CTAs per SM", "faults")
+    order = sorted(groups, key=lambda key: (ORDER["operation"].index(key[0]), PASSES.index(key[1])))
+    cells = [
+        (*key, len(group), span(group, "registers"), span(group, "spill_bytes"), span(group, "shared_memory", 1024),
+         span(group, "ctas_per_multiprocessor"), sum(bool(row["fault"]) for row in group))
+        for key, group in ((key, groups[key]) for key in order)
+    ]  # fmt: skip
+    shapes = len({row["shape"] for row in rows})
+    text = f"The least and the largest value over {len(rows)} kernels at {shapes} maps. The CSV holds every kernel."
+    return report.header("Kernels, compiled for an H200", about) + f"{text}\n\n{tables.markdown(heads, cells)}\n"
+
+
+REPORT = Report(compile_rows, COLUMNS, ORDER, page, NOTE)
+
+
+def define_flags() -> None:
+    report.define_flags("kernel_report")
+    flags.DEFINE_list("directions", ["right", "down"], "Directions of scans; left and up differ by a sign.")
+    flags.DEFINE_list("dtypes", ["bfloat16"], f"Dtypes of everything but weights: some of {', '.join(DTYPES)}.")
+
+
+def main() -> None:
+    listed = programs(SHAPES, chosen("directions", DIRECTIONS), chosen("dtypes", DTYPES))
+    rows = REPORT.run(report.chosen(listed), flags.FLAGS.output)
+    report.refuse_faults(rows, lambda row: f"{row['shape']} {row['operation']} {row['pass']}: {row['fault']}")
+
+
+if __name__ == "__main__":
+    command_line.start(main, define_flags)

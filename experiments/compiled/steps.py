@@ -1,0 +1,220 @@
+"""Peak memory, compile time and least time of whole train steps on an H200, compiled on a machine without one.
+
+    python -m experiments.compiled.steps --only=gspn_t --output=experiments/results/step_report
+
+Writes OUTPUT.csv and OUTPUT.md with a row for each step: forward, loss, backward, AdamW and moving average in bfloat16,
+with the state donated. Needs requirements-gpu-compile.txt and no GPU; a step takes half a minute to six minutes. No
+column is a time measured on a GPU.
+"""
+
+import dataclasses
+import functools
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from configs import classifier, generator
+from experiments import classification, command_line, generation, tables
+from experiments.compiled import costs, report
+from experiments.compiled.report import Report, Row
+from gspn_jax import data, models
+from gspn_jax.training import MixingOptions, OptimizerOptions, TrainOptions
+from gspn_jax.training.loop import Task
+from gspn_jax.training.optimizer import make_optimizer
+from gspn_jax.training.state import initial_state
+from gspn_jax.training.step import make_step
+from pallas_kernels.mosaic import card, compile_only
+
+STEPS = 1000  # of the run: enters the learning-rate schedule and changes no number of the report
+KEPT, REMAT = "kept", "remat"
+NOTE = (
+    "Compiled, not executed: nothing here is a measured time. least_ms adds up, over all instructions, the longer of "
+    f"two times: operands and results at {card.COPY_BANDWIDTH / 1e12} TB/s; matrix products and convolutions at "
+    f"{card.MATRIX_FLOPS / 1e12:.0f} TFLOP/s, depthwise ones at {card.VECTOR_FLOPS / 1e12:.0f}. Caches, starts of "
+    "kernels and other arithmetic are left out; without a card XLA tunes no product and no convolution. compile_s was "
+    "taken on two cores that other programs used too. The loss of generators is DiT's, with a learned variance; where "
+    "compile_s is missing it is the mean squared error of the noise only. blocks: kept, or computed again (remat). "
+    "Each row names its commit."
+)
+COLUMNS = (
+    "model", "variant", "blocks", "batch", "compile_s", "launches", "bytes", "flops", "least_ms", "argument_bytes",
+    "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "commit", "date", "fault",
+)  # fmt: skip
+
+
+class Propagation(NamedTuple):
+    """How the propagation is computed: options of `GSPNMixer`."""
+
+    implementation: str
+    path: str | None = None
+    keep_states: bool = True
+
+
+class Setting(NamedTuple):
+    """The task, optimiser and batch of a train step."""
+
+    task: Task
+    optimizer: OptimizerOptions
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+class Model(NamedTuple):
+    """A network at the batch size of its row. `setting` takes (propagation, remat, batch size)."""
+
+    batch_size: int
+    setting: Callable[[Propagation, bool, int], Setting]
+    propagates: bool = True  # attention has no variants
+
+
+class Step(NamedTuple):
+    """A train step to compile. `blocks`: "remat" computes each block again in the backward pass, "kept" does not."""
+
+    model: str
+    variant: str
+    blocks: str
+
+    def __str__(self) -> str:
+        return " ".join(self)
+
+
+def classifier_setting(preset: str, size: int, propagation: Propagation, remat: bool, batch_size: int) -> Setting:
+    """Returns a preset of configs/classifier.py with 1,000 classes, on images of `size` pixels a side, in bfloat16."""
+    config: Any = classifier.get_config(preset)
+    config.batch_size, config.model.remat, config.model.dtype = batch_size, remat, "bfloat16"
+    meta: Any = classification.describe(config, data.load("fake", None)) | {"num_classes": 1000}
+    meta["model"]["options"] |= propagation._asdict()
+    return Setting(
+        task=classification.make_task(meta, MixingOptions(**config.mixing.to_dict())),
+        optimizer=classification.optimizer_options(config, STEPS // config.epochs, STEPS),
+        batch={
+            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        },
+    )
+
+
+def generator_setting(preset: str, propagation: Propagation, remat: bool, batch_size: int) -> Setting:
+    """Returns a preset of configs/generator.py with 1,000 classes, on latents of 256 pixels a side, in bfloat16."""
+    config: Any = generator.get_config(preset)
+    config.batch_size, config.model.remat, config.model.dtype = batch_size, remat, "bfloat16"
+    side = config.data.image_size // 8
+    latents = data.LatentSpace((side, side, 4), 0.18215, autoencoder="")
+    dataset = dataclasses.replace(data.load("fake", None), latents=latents)
+    meta: Any = generation.describe(config, dataset) | {"num_classes": 1000}
+    if config.model.name in models.GENERATORS:
+        meta["model"]["options"] |= propagation._asdict()
+    moments = jax.ShapeDtypeStruct((batch_size, *latents.shape), jnp.float32)
+    return Setting(
+        task=generation.make_task(meta),
+        optimizer=classification.optimizer_options(config, STEPS // config.epochs, STEPS),
+        batch={
+            "mean": moments,
+            "log_variance": moments,
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        },
+    )
+
+
+MODELS = {
+    "gspn_t": Model(128, functools.partial(classifier_setting, "gspn_t", 224)),
+    "gspn_xl2": Model(32, functools.partial(generator_setting, "gspn_xl2")),
+    "dit_xl2": Model(32, functools.partial(generator_setting, "dit_xl2"), propagates=False),
+}
+PROPAGATIONS = {
+    "xla": Propagation("xla"),
+    "mosaic": Propagation("mosaic"),  # each layer takes the variant of its table
+    "fused": Propagation("mosaic", "fused"),
+    "fused_h_again": Propagation("mosaic", "fused", keep_states=False),
+    "low_rank": Propagation("mosaic", "low_rank"),
+    "low_rank_h_again": Propagation("mosaic", "low_rank", keep_states=False),
+}
+ORDER = {"model": list(MODELS), "variant": list(PROPAGATIONS), "blocks": [KEPT, REMAT]}
+
+
+def steps() -> list[Step]:
+    """Returns all steps of the report."""
+    return [
+        Step(model, name, blocks)
+        for model in MODELS
+        for name, propagation in PROPAGATIONS.items()
+        if MODELS[model].propagates or name == "xla"
+        # A block that is computed again computes its states again too.
+        for blocks in ((KEPT, REMAT) if propagation.keep_states else (KEPT,))
+    ]
+
+
+def compile_step(setting: Setting) -> jax.stages.Compiled:
+    """Compiles the step that `train` would run on one H200, from abstract arrays."""
+    batch_size = next(iter(setting.batch.values())).shape[0]
+    transform = make_optimizer(setting.optimizer, num_steps=STEPS, batch_size=batch_size)
+    state = jax.eval_shape(
+        functools.partial(initial_state, setting.task.init, transform, seed=0, keep_ema=setting.optimizer.ema_decay > 0)
+    )
+    options = TrainOptions(workdir="", num_steps=STEPS, batch_size=batch_size)
+    mesh: Any = jax.sharding.AbstractMesh((1, 1), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+    shardings = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), state)
+    step = make_step(setting.task.loss, transform, setting.optimizer, options, shardings, mesh)
+    # Without jit and its mesh, which has no device: compilation places everything on one.
+    return compile_only.compile_for_h200(inspect.unwrap(step), state, setting.batch, donate_argnums=0).compiled
+
+
+def compile_rows(step: Step, batch_size: int = 0) -> list[Row]:
+    """Returns the row of a step, with the error where it does not compile."""
+    model = MODELS[step.model]
+    batch_size = batch_size or model.batch_size
+    row: Row = dict.fromkeys(COLUMNS, "") | step._asdict() | {"batch": batch_size}
+    started = time.perf_counter()
+    try:
+        compiled = compile_step(model.setting(PROPAGATIONS[step.variant], step.blocks == REMAT, batch_size))
+    except Exception as error:  # whatever stops a compiler is a result of the report
+        return [row | {"fault": report.error_text(error)}]
+    row["compile_s"] = round(time.perf_counter() - started, 1)
+    memory: Any = compiled.memory_analysis()
+    row |= {"argument_bytes": memory.argument_size_in_bytes, "output_bytes": memory.output_size_in_bytes}
+    row |= {"alias_bytes": memory.alias_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
+    return [row | {"peak_bytes": memory.peak_memory_in_bytes} | costs.totals(compiled.as_text() or "")]
+
+
+def page(about: Mapping[str, str], rows: Sequence[Row]) -> str:
+    """Returns the table in Markdown."""
+    giga = ("argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "bytes")
+    others = ("least_ms", "launches", "compile_s", "commit", "date", "fault")
+    heads = (
+        "step",
+        "batch",
+        *(f"{key.removesuffix('_bytes')}, GB" for key in giga[:-1]),
+        "moved, GB",
+        "TFLOP",
+        *others,
+    )
+    cells = [
+        (f"{row['model']} {row['variant']} {row['blocks']}", row["batch"],
+         *(f"{int(row[key]) / 1e9:.2f}" if row[key] else "" for key in giga),
+         f"{int(row['flops']) / 1e12:.1f}" if row["flops"] else "", *(row[key] for key in others))
+        for row in rows
+    ]  # fmt: skip
+    return (
+        report.header("Train steps, compiled for an H200 and not executed", about)
+        + tables.markdown(heads, cells)
+        + "\n"
+    )
+
+
+def define_flags() -> None:
+    report.define_flags("step_report")
+    flags.DEFINE_integer("batch_size", 0, "Batch size instead of the model's; 0 keeps the model's.", lower_bound=0)
+
+
+def main() -> None:
+    compile_one = functools.partial(compile_rows, batch_size=flags.FLAGS.batch_size)
+    rows = Report(compile_one, COLUMNS, ORDER, page, NOTE).run(report.chosen(steps()), flags.FLAGS.output)
+    report.refuse_faults(rows, lambda row: f"{row['model']} {row['variant']} {row['blocks']}: {row['fault']}")
+
+
+if __name__ == "__main__":
+    command_line.start(main, define_flags)

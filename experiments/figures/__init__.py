@@ -1,0 +1,1 @@
+"""Pictures: the influence of a pixel, training curves, times of kernels, a training batch."""
