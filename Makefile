@@ -22,7 +22,7 @@ help:
 	@echo "make generate     train a generator of digits into $(GENERATOR), draw 500 images, and score them with $(WORKDIR)"
 	@echo "make test         run the tests in $(WORKERS) processes; some of them: make test ARGS='tests/data -x'"
 	@echo "make test-all     run all tests, also the slow ones"
-	@echo "make test-random  run kernel tests on randomly drawn combinations of shapes and options; TEST_SEED=1 draws others"
+	@echo "make test-random  run kernel tests on random combinations of shapes and options, for hours; TEST_SEED=1 draws others"
 	@echo "make venv         make $(VENV); with an NVIDIA driver it holds the GPU packages, GPU=0 leaves them out"
 	@echo "make lint         run ruff and pyright"
 	@echo "make lock         compile the lock files again (needs uv)"
