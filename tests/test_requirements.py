@@ -1,5 +1,7 @@
-"""The requirements files agree with the lock, with pyproject.toml and with what the code imports."""
+"""Requirements agree with the locks, with pyproject.toml and with the imports; the wheel holds the libraries only."""
 
+import ast
+import fnmatch
 import importlib.metadata
 import re
 import sys
@@ -10,7 +12,9 @@ import pytest
 
 from tests.test_layout import OPTIONAL, PACKAGES, REPOSITORY, imports, python_files
 
-LOCK = (REPOSITORY / "requirements.lock").read_text()
+LOCKS = ("requirements.lock", "requirements-gpu.lock")
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
 PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[a-z0-9]+\])?==([A-Za-z0-9.]+)$")
 
 
@@ -30,38 +34,87 @@ def pins(path: Path) -> dict[str, str]:
     return found
 
 
-def locked() -> dict[str, str]:
-    return dict(re.findall(r"^([a-z0-9-]+)==([A-Za-z0-9.]+)", LOCK, re.MULTILINE))
+def locked(name: str = "requirements.lock") -> dict[str, str]:
+    lock = (REPOSITORY / name).read_text()
+    return dict(re.findall(r"^([a-z0-9-]+)(?:\[[a-z0-9,-]+\])?==([A-Za-z0-9.]+)", lock, re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
-def test_lock_holds_the_pins(name):
+@pytest.mark.parametrize(
+    "name, lock",
+    [
+        ("requirements.txt", "requirements.lock"),
+        ("requirements-dev.txt", "requirements.lock"),
+        ("requirements-gpu.txt", "requirements-gpu.lock"),
+    ],
+)
+def test_lock_holds_the_pins(name, lock):
     direct = pins(REPOSITORY / name)
-    assert direct and {key: locked().get(key) for key in direct} == direct
+    assert direct and {key: locked(lock).get(key) for key in direct} == direct
 
 
 @pytest.mark.parametrize(
     "name", ["requirements-gpu.txt", "requirements-gpu-compile.txt", "requirements-tensorflow.txt"]
 )
-def test_extras_do_not_contradict_the_lock(name):
+@pytest.mark.parametrize("lock", LOCKS)
+def test_extras_do_not_contradict_the_locks(name, lock):
     extra = pins(REPOSITORY / name)
-    assert extra and {key: locked()[key] for key in extra if key in locked()}.items() <= extra.items()
+    assert extra and {key: locked(lock)[key] for key in extra if key in locked(lock)}.items() <= extra.items()
 
 
-def test_every_entry_of_the_lock_is_hashed_and_no_address_is_in_it():
-    entries = re.split(r"^(?=\S)", LOCK, flags=re.MULTILINE)[1:]
-    assert len(entries) == len(locked()) > 50
+def test_the_locks_agree():
+    """`.ci/venv` installs the second on top of the first: a package in both has one version."""
+    libraries, gpu = (locked(name) for name in LOCKS)
+    assert {key: libraries[key] for key in libraries.keys() & gpu.keys()}.items() <= gpu.items()
+    assert {"jax-cuda13-plugin", "jax-cuda13-pjrt"} <= gpu.keys()
+
+
+@pytest.mark.parametrize("name, least", [("requirements.lock", 50), ("requirements-gpu.lock", 5)])
+def test_every_entry_of_a_lock_is_hashed_and_no_address_is_in_it(name, least):
+    text = (REPOSITORY / name).read_text()
+    entries = [entry for entry in re.split(r"^(?=\S)", text, flags=re.MULTILINE) if not entry.startswith("#")]
+    entries = [entry for entry in entries if entry.strip()]
+    assert len(entries) == len(locked(name)) > least
     assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
-    assert not re.search(r"://|--(extra-)?index|--find-links|@ ", LOCK)
+    assert not re.search(r"://|--(extra-)?index|--find-links|@ ", text)
 
 
 def test_pyproject_offers_every_extra():
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    dynamic = project["tool"]["setuptools"]["dynamic"]
+    dynamic = SETUPTOOLS["dynamic"]
     files = [*dynamic["dependencies"]["file"]]
     for extra in dynamic["optional-dependencies"].values():
         files += extra["file"]
     assert sorted(files) == sorted(path.name for path in REPOSITORY.glob("requirements*.txt"))
+
+
+def test_the_wheel_holds_the_libraries_and_their_tables_only():
+    """What setuptools finds by the patterns of pyproject.toml, which need not be installed to know it."""
+    assert not SETUPTOOLS["packages"]["find"]["namespaces"], "else folders without __init__.py count"
+    packages = [path.parent.relative_to(REPOSITORY) for path in REPOSITORY.glob("[!.]*/**/__init__.py")]
+    names = [".".join(path.parts) for path in packages]
+    include = SETUPTOOLS["packages"]["find"]["include"]
+    taken = {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in include)}
+    assert {name.split(".")[0] for name in taken} == {"gspn_jax", "pallas_kernels"}
+    package_data = SETUPTOOLS["package-data"]
+    for top in ("gspn_jax", "pallas_kernels"):
+        for file in (REPOSITORY / top).rglob("*"):
+            package = ".".join(file.relative_to(REPOSITORY).parent.parts)
+            if file.is_dir() or "__pycache__" in file.parts:
+                continue
+            assert package in taken, f"{file}: its folder is no package, since it has no __init__.py"
+            is_taken = any(fnmatch.fnmatchcase(file.name, pattern) for pattern in package_data.get(package, ()))
+            assert file.suffix == ".py" or is_taken, f"{file}: not in the package data of pyproject.toml"
+
+
+def test_the_version_is_written_once():
+    """pyproject.toml reads it from a module that imports nothing, and CITATION.cff and CHANGELOG.md name the same."""
+    module, _, attribute = SETUPTOOLS["dynamic"]["version"]["attr"].rpartition(".")
+    source = ast.parse((REPOSITORY / module.replace(".", "/")).with_suffix(".py").read_text())
+    values = {ast.unparse(node.targets[0]): node.value for node in source.body if isinstance(node, ast.Assign)}
+    version = ast.literal_eval(values[attribute])
+    assert "version" in PROJECT["project"]["dynamic"] and "version" not in PROJECT["project"]
+    assert f"\nversion: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
+    newest = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == version
 
 
 def test_what_the_code_imports_is_declared():
