@@ -1,4 +1,4 @@
-"""How often each kernel is in the compiled train step of a GSPN module, so that nothing runs twice unseen."""
+"""The kernels in the compiled train step of a GSPN module: none runs more often than it must."""
 
 import functools
 import math
@@ -14,11 +14,14 @@ from gspn_jax.mixers import GSPNMixer
 from pallas_kernels import UpProjection, propagate_low_rank, record_choices
 from pallas_kernels.mosaic import compile_only
 
-pytestmark = pytest.mark.skipif(bool(compile_only.missing()), reason=str(compile_only.missing()))
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(bool(compile_only.missing()), reason=str(compile_only.missing())),
+]
 
 
 def kernels_of_a_step(remat: bool) -> dict[str, int]:
-    """Of one module and SGD: by name, in the compiled program."""
+    """Kernels by name in the compiled program of one module and SGD."""
     graph, state = nnx.split(nnx.eval_shape(lambda: GSPNMixer(32, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
     optimizer = optax.sgd(0.1)
 
@@ -42,12 +45,12 @@ def kernels_of_a_step(remat: bool) -> dict[str, int]:
 
 @pytest.mark.parametrize("remat,forward", [(False, 1), (True, 2)])
 def test_kernels_of_a_train_step(remat, forward):
-    """All directions at once, and four backward. With remat the forward kernel runs once more, and no others."""
+    """One forward kernel for all directions, four backward. With remat only the forward kernel runs once more."""
     assert kernels_of_a_step(remat) == {"propagation_on_chip": forward, "propagation_backward": 4}
 
 
 def test_maps_in_memory_are_not_kept_for_the_gradient():
-    """Four layers by `fused`: at most the maps of one are there, and their gradients."""
+    """Four layers of variant "fused": memory holds at most the maps of one layer and their gradients."""
     shape, rank, layers = (8, 16, 16, 64), 16, 4
     array: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     up = UpProjection(array((layers, rank, 4, 3, 64)), *[array((layers, rank, 4, 64))] * 3)
@@ -62,4 +65,4 @@ def test_maps_in_memory_are_not_kept_for_the_gradient():
     memory = compiled.memory_analysis()
     assert memory is not None
     maps = 24 * 2 * math.prod(shape)
-    assert 2 * maps < memory.temp_size_in_bytes < 4 * maps  # 6 where all are kept
+    assert 2 * maps < memory.temp_size_in_bytes < 4 * maps  # it would be 6 times if all were kept

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import implementations, line_scan, propagate, record_choices
+from pallas_kernels import implementations, line_scan, propagate
 from pallas_kernels.mosaic.tiles import Tile
 from tests.pallas_kernels.test_line_scan import draw as draw_scan
 from tests.pallas_kernels.test_propagation import draw as draw_maps
@@ -72,14 +72,3 @@ def test_implementations_say_why_not():
     known = implementations()
     assert known["xla"] is None and known["mosaic_interpret"] is None
     assert "JAX runs on the cpu" in str(known["mosaic"])
-
-
-def test_choices_are_recorded_with_their_reason():
-    with record_choices() as choices:
-        scan_with("chunk", 2)
-        propagate_with("implementation", "xla")
-    scan_with("chunk", 2)
-    assert [(c.operation, c.shape, c.chunk, c.implementation) for c in choices] == [
-        ("line_scan", SHAPE, 2, "xla"), ("propagate", SHAPE, None, "xla"),
-    ]  # fmt: skip
-    assert "mosaic" in choices[0].reason and choices[1].reason == "asked for"

@@ -17,7 +17,9 @@ from tests.tolerances import assert_close
 line_scan = jax.jit(pallas_kernels.line_scan, static_argnames=("direction", "chunk"))
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIZES = st.sampled_from([(1, 1), (1, 5), (4, 1), (3, 4), (6, 5)])
-SHAPES = [(2, 7, 9, 6), (1, 1, 5, 4), (2, 6, 1, 4), (1, 1, 1, 2), (3, 17, 8, 12)]
+SHAPES = [(2, 7, 9, 6), (1, 1, 5, 4), (2, 6, 1, 4), *(
+    pytest.param(shape, marks=pytest.mark.full) for shape in ((1, 1, 1, 2), (3, 17, 8, 12))
+)]  # fmt: skip
 
 
 def draw(shape, weight_channels=None, seed=0, dtype: Any = np.float64) -> tuple[Any, Any, Any]:
@@ -35,7 +37,7 @@ def turn(array, direction):
     return array.swapaxes(1, 2) if direction in ("down", "up") else array
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.full)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", ["line_scan_global", "line_scan_chunk4"])
 def test_golden_outputs_and_gradients(name, direction, dtype):
@@ -71,8 +73,10 @@ def test_agrees_with_a_loop_over_pixels(shape, direction, chunk):
         assert_close(line_scan(x, weights, lam, direction=direction, chunk=chunk), want)
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-@pytest.mark.parametrize("weight_channels", [6, 2, 1])
+@pytest.mark.parametrize("weight_channels,chunk", [
+    (2, 3),
+    *(pytest.param(*case, marks=pytest.mark.full) for case in ((6, None), (6, 3), (2, None), (1, None), (1, 3))),
+])  # fmt: skip
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_gradient_rule_agrees_with_plain_autodiff(direction, weight_channels, chunk):
     inputs = draw((2, 5, 8, 6), weight_channels, seed=1)
@@ -98,7 +102,9 @@ def test_gradients_agree_with_finite_differences(shape, weight_channels, directi
         )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [
+    "bfloat16", *(pytest.param(dtype, marks=pytest.mark.full) for dtype in ("float32", "float16")),
+])  # fmt: skip
 def test_16_bit_inputs_keep_a_float32_state(dtype):
     x, weights, lam = draw((2, 9, 64, 8), seed=4, dtype=np.float32)
     x, lam = jnp.asarray(x, dtype), jnp.asarray(lam, dtype)
@@ -116,7 +122,7 @@ def test_16_bit_inputs_keep_a_float32_state(dtype):
             )
             wants = wide_vjp(np.asarray(grad_h, np.float64))
         for name, got, want, kind in zip("xwl", vjp(grad_h), wants, (dtype, "float32", dtype), strict=True):
-            # The gradient of the weights is float32 but is made of h, which was kept in x's dtype.
+            # The gradient of the weights is float32, but it is computed from h, which was kept in x's dtype.
             assert_close(got, want, dtype=kind, tolerance=4e-3 if kind != dtype else None, name=name)
 
 

@@ -88,8 +88,9 @@ def narrow(shape, weight_channels, seed=0) -> list[Any]:
     return [*jax.tree.map(lambda array: jnp.asarray(array, "bfloat16"), arrays), jnp.asarray(merge)]
 
 
+@pytest.mark.full
 def test_on_a_mesh():
-    """The gradients of what is whole on several devices are summed over them."""
+    """The gradients of arrays that several devices hold whole are summed over the devices."""
     arrays = narrow((2, 2, 3, 16), weight_channels=1)
     gradient = jax.jit(jax.grad(kernel_loss, argnums=(0, 1, 2, 3)))
     want = gradient(*arrays)
@@ -103,8 +104,9 @@ def test_on_a_mesh():
         assert_close(one, other)
 
 
+@pytest.mark.full
 def test_vmap_of_images_and_of_projections():
-    """Images become a larger batch; projections of several models run one after the other."""
+    """A mapped axis of images joins the batch; projections of several models run one after the other."""
     one, other = narrow((1, 3, 4, 8), 8), narrow((1, 3, 4, 8), 8, seed=1)
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), one, other)
     gradient = jax.jit(jax.grad(kernel_loss, argnums=(0, 1)))

@@ -1,4 +1,4 @@
-"""The operations on meshes of 8 CPU devices: same numbers as on one, and nothing is gathered around the scan."""
+"""The operations on meshes of 8 CPU devices: the numbers of one device, and no gather around the scan."""
 
 import functools
 import re
@@ -18,7 +18,7 @@ from tests.tolerances import assert_close
 
 @pytest.fixture(autouse=True)
 def float64():
-    """Sums over devices round differently from sums on one: in float64 that cannot be taken for an error."""
+    """Sums over devices round differently from sums on one device; in float64 that does not look like an error."""
     with jax.enable_x64(True):
         yield
 
@@ -54,9 +54,13 @@ def compiled(function, mesh, arrays):
         return gradient.lower(*arrays).compile()
 
 
-@pytest.mark.parametrize("kind", ["line_scan", "propagate"])
-@pytest.mark.parametrize("mesh_shape,batch,channels,weight_channels", [
-    ((8, 1), 8, 6, 6), ((4, 2), 4, 6, 6), ((2, 4), 2, 8, 8), ((2, 4), 2, 8, 1), ((4, 2), 4, 8, 4),
+MESHES = [((8, 1), 8, 6, 6), ((4, 2), 4, 6, 6), ((2, 4), 2, 8, 8), ((2, 4), 2, 8, 1), ((4, 2), 4, 8, 4)]
+QUICK = [("line_scan", (4, 2), 4, 8, 4), ("propagate", (2, 4), 2, 8, 1)]
+
+
+@pytest.mark.parametrize("kind,mesh_shape,batch,channels,weight_channels", [
+    pytest.param(kind, *sizes, marks=() if (kind, *sizes) in QUICK else pytest.mark.full)
+    for kind in ("line_scan", "propagate") for sizes in MESHES
 ])  # fmt: skip
 def test_same_numbers_and_nothing_gathered(kind, mesh_shape, batch, channels, weight_channels):
     draw, loss = (draw_scan, scan_loss) if kind == "line_scan" else (draw_maps, maps_loss)
@@ -71,7 +75,7 @@ def test_same_numbers_and_nothing_gathered(kind, mesh_shape, batch, channels, we
     text = str(program.as_text())
     for operation in ("all-gather", "all-to-all", "collective-permute"):
         assert not re.search(rf"\b{operation}\b", text), operation
-    # The loss, and what is whole on several devices (merge, weights that all channels share), are sums over them.
+    # The loss, and the gradients of arrays that several devices hold whole (merge, weights shared by all channels).
     assert re.search(r"\ball-reduce\b", text)
 
 
@@ -83,11 +87,11 @@ def test_the_gather_check_sees_a_gather():
 
 
 @pytest.mark.parametrize("kind,batch,channels,weight_channels,names", [
-    ("line_scan", 1, 8, 8, {}), ("line_scan", 4, 5, 5, {}), ("line_scan", 1, 5, 1, {}), ("line_scan", 4, 8, 2, {}),
-    ("line_scan", 4, 8, 8, dict(batch_axis=None, channel_axis=None)),
-    ("line_scan", 4, 8, 8, dict(batch_axis="replica", channel_axis="tensor")),
+    ("line_scan", 1, 8, 8, {}), ("line_scan", 4, 8, 2, {}),
+    *(pytest.param("line_scan", *sizes, {}, marks=pytest.mark.full) for sizes in ((4, 5, 5), (1, 5, 1))),
+    ("line_scan", 4, 8, 8, dict(batch_axis="replica", channel_axis=None)),
     ("line_scan", 4, 8, 8, dict(batch_axis="data", channel_axis="data")),
-    ("propagate", 1, 5, 1, {}), ("propagate", 4, 8, 2, {}),
+    *(pytest.param("propagate", *sizes, {}, marks=pytest.mark.full) for sizes in ((1, 5, 1), (4, 8, 2))),
 ])  # fmt: skip
 def test_axes_that_do_not_fit_are_left_out(kind, batch, channels, weight_channels, names):
     draw, loss = (draw_scan, scan_loss) if kind == "line_scan" else (draw_maps, maps_loss)
@@ -101,9 +105,9 @@ def test_axes_that_do_not_fit_are_left_out(kind, batch, channels, weight_channel
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("manual", [("data", "model"), ("data",)])
+@pytest.mark.parametrize("manual", [pytest.param(("data", "model"), marks=pytest.mark.full), ("data",)])
 def test_inside_the_callers_own_shard_map(manual):
-    """merge is whole on every device there, and so are the maps' batch-independent logits: their gradients are sums."""
+    """Every device holds the whole of merge, and of logits that the images share: their gradients are sums."""
     arrays = draw_maps((4, 4, 5, 8), 1)
     arrays[1] = arrays[1][:2]  # logits that do not depend on the batch: the same two on each of the two parts
     mesh = mesh_of(2, 4)

@@ -1,26 +1,28 @@
-"""The cases in which the kernels are compared with the reference: axes, what goes together, and a covering set."""
+"""The cases in which the scan kernels are compared with the reference: axes, allowed combinations, a covering set."""
 
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels import DIRECTIONS, line_scan, line_scan_from_logits
 from pallas_kernels.directions import walked_axis
 from pallas_kernels.mosaic.tiles import Tile
 from tests.tolerances import TOLERANCES, assert_close
 
-# Lines and pixels of a line. "long" is cut into segments, and its lines into launches: see `ScanCase`.
+# Lines, and pixels of a line. "long" is cut into segments, and its lines into launches: see `ScanCase`.
 SIZES = {
     "one line": (1, 9), "one pixel": (9, 1), "few lines": (3, 9), "tall": (9, 7), "wide": (6, 17), "whole": (4, 16),
     "long": None,
 }  # fmt: skip
-# Batch and channels: a channel block; odd, padded to two; folded into one image; two blocks, or one of 16.
+# Batch and channels: one channel block; an odd number, padded to two blocks; folded into one image; two blocks of 8 or
+# one of 16.
 MAPS = ((1, 8), (2, 9), (3, 1), (1, 16))
 # dtypes of x, logits and lam; weights are float32.
 DTYPES = {
@@ -43,7 +45,7 @@ AXES = {
 
 
 class ScanCase(NamedTuple):
-    """One value of each axis, in their order, and what they mean together."""
+    """One value of each axis, in their order, and the shapes and options that follow."""
 
     direction: str
     chunk: str
@@ -114,7 +116,7 @@ class ScanCase(NamedTuple):
 
     @property
     def is_allowed(self) -> bool:
-        """Whether there is such a case, and it costs the interpreter seconds and not minutes."""
+        """Whether the values go together, and the interpreter needs only seconds."""
         if (self.tile == "cut") != (self.size == "long") or (self.tile == "planned") != (self.depth is None):
             return False
         channels, walks_rows = self.map[1], walked_axis(self.direction) == 1
@@ -132,7 +134,7 @@ class ScanCase(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """CTAs times lines, about: what the interpreter's time grows with."""
+        """About CTAs times lines, with which the interpreter's time grows."""
         segments = 3 if self.size == "long" else 1
         warpgroups = (TILES[self.tile] or (0, 0, 1))[2]
         return self.map[0] * segments * self.lines * (2 if self.map[1] > 8 else 1) * warpgroups
@@ -146,14 +148,14 @@ def product() -> tuple[ScanCase, ...]:
 
 
 def sample(count: int, seed: int) -> Iterator[ScanCase]:
-    """So many cases of the product, each at most once, in an order that the seed decides."""
+    """`count` different cases of the product, drawn by the seed."""
     cases = product()
     for index in np.random.default_rng(seed).permutation(len(cases))[:count]:
         yield cases[index]
 
 
 def pairs(cases: Sequence[Any], axes: Mapping[str, Sequence[Any]] = AXES) -> np.ndarray:
-    """For each case a number for each two of its values: the pairs that it covers."""
+    """The pairs that each case covers: (cases, pairs) integers, a number for each two of its values."""
     starts = np.cumsum([0, *map(len, axes.values())])
     numbers = {(k, v): starts[k] + i for k, axis in enumerate(axes.values()) for i, v in enumerate(axis)}
     values = np.array([[numbers[pair] for pair in enumerate(case)] for case in cases])
@@ -180,8 +182,22 @@ def covering() -> tuple[ScanCase, ...]:
     return covering_set(product(), AXES, [60 + case.cost for case in product()])
 
 
+def marked(cases: Sequence[Any], *, quick: Callable[[Any], Any]) -> list[Any]:
+    """Parameters of a test: all cases, of which `make test` runs the cheapest one for each value of `quick`.
+
+    Args:
+        cases: with a `cost`.
+        quick: gives a value for each case; a case with None is never quick.
+    """
+    cheapest = {quick(case): case for case in sorted(cases, key=lambda case: -case.cost)}
+    cheapest.pop(None, None)
+    return [
+        pytest.param(case, id=str(case), marks=() if case in cheapest.values() else pytest.mark.full) for case in cases
+    ]
+
+
 def compiled() -> tuple[ScanCase, ...]:
-    """Of the covering cases one for each tile and dtypes."""
+    """One covering case for each tile and dtypes."""
     return tuple({(case.tile, case.dtypes): case for case in covering()}.values())
 
 
@@ -215,7 +231,7 @@ def scan_and_gradients(case: ScanCase, implementation: str) -> dict[str, jax.Arr
 
 
 def check(case: ScanCase, implementation: str) -> None:
-    """The results of `implementation` are those of the reference; whatever the interpreter finds is raised."""
+    """The results of `implementation` agree with the reference; races that the interpreter finds raise."""
     got, want = scan_and_gradients(case, implementation), scan_and_gradients(case, "xla")
     # A gradient that is wider than x is made of h, which was kept in x's dtype.
     least = TOLERANCES[DTYPES[case.dtypes][0]]

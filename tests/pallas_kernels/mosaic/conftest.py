@@ -1,4 +1,4 @@
-"""What the tests of the kernels share."""
+"""A fixture that chooses the kernels' tile."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from pallas_kernels.mosaic.tiles import Tile, plan
 
 @pytest.fixture
 def planned(monkeypatch):
-    """Makes the kernels that a tile serves take it, of which there must be one by the end of the test."""
+    """Makes every kernel take a given tile if it fits; by the end of the test at least one must have taken it."""
     wanted, taken = [], []
 
     def use(tile: Tile | None) -> None:

@@ -1,4 +1,4 @@
-"""The cases in which the propagation kernels are compared with the reference; as `cases` for one scan."""
+"""The cases in which the propagation kernels are compared with the reference, like `cases` for one scan."""
 
 import dataclasses
 import functools
@@ -15,13 +15,13 @@ from pallas_kernels.mosaic.tiles import Tile
 from tests.pallas_kernels.mosaic.cases import covering_set
 from tests.tolerances import TOLERANCES, assert_close
 
-# "one line" is also, to the two directions that walk along it, lines of one pixel.
+# For the two directions that walk along it, "one line" is many lines of one pixel.
 SIZES = {"square": (5, 5), "tall": (6, 4), "wide": (3, 10), "one line": (1, 6), "long": (9, 50)}
 TILES: dict[str, Any] = {
     "planned": None, "broad": Tile(16, 24, 1, 2, 1), "two": Tile(8, 16, 2, 3, 2), "cut": Tile(8, 48, 1, 2, 1, ghost=8),
     "single": Tile(16, 24, 1, 1, 1),
 }  # fmt: skip
-# Tiles whose products and lines take turns, where they overlap by default.
+# Tiles whose matrix products and lines take turns; by default they overlap.
 IN_TURN = {f"{name} in turn": dataclasses.replace(TILES[name], overlap=False) for name in ("two", "cut")}
 AXES = {
     "variant": VARIANTS,
@@ -55,7 +55,7 @@ class PropagationCase(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        # The interpreter takes its time for what is long: one image of it.
+        # The interpreter is slow on long lines: one image of them.
         return 1 if self.size == "long" else self.map[0], *SIZES[self.size], self.map[1]
 
     @property
@@ -72,22 +72,22 @@ class PropagationCase(NamedTuple):
 
     @property
     def is_allowed(self) -> bool:
-        """Whether there is such a case."""
+        """Whether the values go together, and the interpreter needs only seconds."""
         height, width = SIZES[self.size]
         made, on_chip = self.variant.startswith("low_rank"), self.variant.endswith("on_chip")
         return all((
             not (made and self.dtypes == "float32"),
-            made or self.rank == 3,  # where maps are given there is no proxy
+            made or self.rank == 3,  # given maps have no proxy
             not on_chip or (1 < min(height, width) and self.size != "long"),
             self.sharing != "three" or self.map[1] % 3 == 0,
             (self.tile == "cut") == (self.size == "long"),
-            # Sizes at the edge, and those that cost most, with little else besides.
+            # Extreme and expensive sizes only with few values of the other axes.
             self.size in ("square", "tall", "wide")
             or (self.rank == 3 and self.sharing == "none" and self.dtypes == ("wide x" if made else "float32")),
             self.size != "one line" or (self.tile == "planned" and self.map == (1, 24)),
             self.size != "long" or self.map == (2, 9),
             self.tile != "single" or self.variant == "low_rank_on_chip",
-            # What costs most, and a dtype that differs from bfloat16 by its name alone, with little else.
+            # Likewise expensive tiles, and float16, whose kernels differ from bfloat16's only in the dtype.
             self.tile not in ("two", "single")
             or (self.size == "square" and self.map == (1, 8) and self.dtypes in ("float32", "wide x")),
             self.dtypes != "float16" or (self.tile == "planned" and self.size == "square"),
@@ -96,7 +96,7 @@ class PropagationCase(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """What the interpreter's time grows with, about."""
+        """About what the interpreter's time grows with."""
         height, width = SIZES[self.size]
         several = {"long": 5}.get(self.size, 1) * {"two": 3, "single": 2}.get(self.tile, 1)
         return self.map[0] * (height + width) * (2 if self.map[1] > 8 else 1) * several
@@ -132,17 +132,22 @@ def covering() -> tuple[PropagationCase, ...]:
 
 
 def inference() -> tuple[PropagationCase, ...]:
-    """Of the covering cases one for each variant."""
+    """One covering case for each variant."""
     return tuple({case.variant: case for case in covering()}.values())
 
 
+def planned_variant(case: PropagationCase) -> str | None:
+    """The variant of a case with lines in all directions and the tile that the plan gives."""
+    return case.variant if case.tile == "planned" and case.size != "one line" else None
+
+
 def compiled() -> tuple[PropagationCase, ...]:
-    """Of the covering cases one for each variant and tile that differs from the planned one in more than its size."""
+    """One covering case for each variant and tile; a broad tile differs from the planned one only in its size."""
     return tuple({(case.variant, case.tile): case for case in covering() if case.tile != "broad"}.values())
 
 
 def bound(case: PropagationCase, implementation: str) -> Any:
-    """The operation of the case as a function of its arrays but the gradient."""
+    """The operation of the case as a function of its arrays, without the gradient."""
     operation: Any = propagate_low_rank if case.variant.startswith("low_rank") else propagate
     variant = None if implementation == "xla" else case.variant
     return functools.partial(operation, chunk=case.chunk, implementation=implementation, variant=variant)
@@ -150,7 +155,7 @@ def bound(case: PropagationCase, implementation: str) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def y_and_gradients(case: PropagationCase, implementation: str, *arrays: Any) -> dict[str, jax.Array]:
-    """By name; what is None is left out."""
+    """y and the gradients by name; those that are None are left out."""
     *inputs, grad = arrays
     y, vjp = jax.vjp(bound(case, implementation), *inputs)
     if case.variant.startswith("low_rank"):
@@ -163,12 +168,12 @@ def y_and_gradients(case: PropagationCase, implementation: str, *arrays: Any) ->
 
 
 def check(case: PropagationCase, implementation: str) -> None:
-    """The results of `implementation` are those of the reference; whatever the interpreter finds is raised."""
+    """The results of `implementation` agree with the reference; races that the interpreter finds raise."""
     arrays = case.arrays()
     got, want = (y_and_gradients(case, name, *arrays) for name in (implementation, "xla"))
     assert got.keys() == want.keys()
     for name, reference in want.items():
-        # Gradients of maps are in the maps' dtype; that of a projection is made of them, rounded again.
+        # Gradients of maps have the maps' dtype; that of a projection is made from them and rounded again.
         least = TOLERANCES[case.dtype_of_x if name in ("y", "x") else case.dtype_of_maps]
         least *= 2 if case.variant.startswith("low_rank") and name in UpProjection._fields else 1
         if name == "merge":  # four sums over the whole map, which cancel
@@ -177,7 +182,7 @@ def check(case: PropagationCase, implementation: str) -> None:
 
 
 def check_inference(case: PropagationCase, implementation: str) -> None:
-    """As `check`, of y where nothing is kept for a gradient."""
+    """As `check`, for y of a forward pass that keeps nothing for a gradient."""
     *inputs, _ = case.arrays()
     got, want = (jax.jit(bound(case, name))(*inputs) for name in (implementation, "xla"))
     assert_close(got, want, name="y")

@@ -1,4 +1,4 @@
-"""The kernels on an NVIDIA card of compute capability 9.0 or more: what the interpreter cannot show."""
+"""The kernels on an NVIDIA GPU of compute capability 9.0 or more, in the cases of the interpreter's tests."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def test_covering_cases(case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", propagation_cases.covering(), ids=str)
 def test_covering_cases_of_propagation(case, planned):
-    """The reference's results, and the same bits again; in inference too."""
+    """Results agree with the reference, in training and inference, and are bit-equal from run to run."""
     planned(propagation_cases.TILES[case.tile])
     propagation_cases.check(case, "mosaic")
     propagation_cases.check_inference(case, "mosaic")

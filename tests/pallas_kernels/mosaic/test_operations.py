@@ -1,4 +1,7 @@
-"""The kernels behind the public operations: transformations of JAX, meshes, tiles, what is refused."""
+"""The kernels behind the public operations: JAX's transformations, meshes, tiles, refused arguments.
+
+Most cases of the interpreter run only in `make test-all`: each compiles kernels for three seconds.
+"""
 
 import functools
 from typing import Any
@@ -23,7 +26,7 @@ NAMES = ("x", "weights", "lam")
 
 
 def mesh_of(data, model):
-    """Of CPU devices, also where JAX has a GPU: the interpreter runs there."""
+    """A mesh of CPU devices, also on a machine with a GPU: the interpreter runs on the CPU."""
     devices = jax.devices("cpu")[: data * model]
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
@@ -43,10 +46,11 @@ def assert_all_close(got, want, **options):
 
 
 @pytest.mark.parametrize("transform", [
-    lambda function: function,
-    jax.jit,
-    lambda function: jax.jit(lambda *arrays: jax.vmap(function)(*(a[None] for a in arrays))),
-], ids=["eager", "jit", "vmap in jit"])  # fmt: skip
+    pytest.param(lambda function: function, id="eager", marks=pytest.mark.full),
+    pytest.param(jax.jit, id="jit"),
+    pytest.param(lambda function: jax.jit(lambda *arrays: jax.vmap(function)(*(a[None] for a in arrays))),
+                 id="vmap in jit", marks=pytest.mark.full),
+])  # fmt: skip
 def test_gradients_under(transform):
     arrays = draw(SHAPE)
     got = transform(functools.partial(gradients, "mosaic_interpret"))(*arrays)
@@ -54,6 +58,7 @@ def test_gradients_under(transform):
                      gradients("xla", *arrays))  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("in_axes", [(0, 0, 0), (None, 0, None), (0, None, 1)], ids=str)
 def test_vmap_of_mapped_and_unmapped_operands(in_axes):
     stacks = [np.stack([draw(SHAPE, seed=seed)[k] for seed in range(2)]) for k in range(3)]
@@ -66,13 +71,15 @@ def test_vmap_of_mapped_and_unmapped_operands(in_axes):
     assert_all_close(run("mosaic_interpret"), run("xla"))
 
 
+@pytest.mark.full
 def test_vmap_of_a_folded_map():
-    """Three images of one channel are one image of three; the new axis is the batch of that."""
+    """Three images of one channel become one image of three channels; vmap's axis becomes its batch."""
     stacks = [np.stack([draw((3, 3, 5, 1), seed=seed)[k] for seed in range(2)]) for k in range(3)]
     got, want = (jax.vmap(functools.partial(gradients, name))(*stacks) for name in ("mosaic_interpret", "xla"))
     assert_all_close(got, want)
 
 
+@pytest.mark.full
 def test_checkpoint_and_two_runs_to_the_bit():
     arrays = draw(SHAPE, weight_channels=1, seed=1)
     run = jax.jit(jax.grad(jax.checkpoint(functools.partial(loss, "mosaic_interpret")), argnums=(0, 1, 2)))
@@ -82,7 +89,9 @@ def test_checkpoint_and_two_runs_to_the_bit():
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("weight_channels", [16, 1, 4])
+@pytest.mark.parametrize("weight_channels", [
+    pytest.param(16, marks=pytest.mark.full), 1, pytest.param(4, marks=pytest.mark.full),
+])  # fmt: skip
 def test_on_a_mesh(weight_channels):
     arrays = draw((2, 3, 5, 16), weight_channels, seed=2)
     mesh = mesh_of(2, 2)
@@ -91,8 +100,9 @@ def test_on_a_mesh(weight_channels):
     assert_all_close(got, gradients("xla", *arrays))
 
 
+@pytest.mark.full
 def test_inside_the_callers_own_shard_map():
-    """lam is whole on every device there: its gradient is a sum over the devices."""
+    """Every device has the whole of lam: its gradient is a sum over the devices."""
     x, logits, lam = draw((2, 3, 5, 16), seed=3)
     lam = lam[:1]
     mesh = mesh_of(2, 1)
@@ -107,6 +117,7 @@ def test_inside_the_callers_own_shard_map():
     assert_all_close(got, [*want, jnp.sum(of_lam, axis=0, keepdims=True)])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("skip,chunk,alignment,dtype", [
     (True, None, "aligned", "float32"), (True, 2, "unturned", "float32"),
 ])  # fmt: skip
@@ -129,13 +140,15 @@ def test_propagate(skip, chunk, alignment, dtype):
             assert_close(one, other, name=name)
 
 
-def test_float32_arrays_where_64_bits_are_on():
+@pytest.mark.full
+def test_float32_arrays_under_enable_x64():
     arrays = draw((1, 5, 9, 8))
     want = gradients("xla", *arrays)
     with jax.enable_x64(True):
         assert_all_close(gradients("mosaic_interpret", *arrays), want)
 
 
+@pytest.mark.full
 def test_logits_of_any_size():
     logits = np.random.default_rng(5).choice([-100.0, -27.5, -26.0, 0.0, 100.0], (1, 4, 9, 3, 8)).astype(np.float32)
     x, _, lam = draw((1, 4, 9, 8), seed=6)
@@ -144,6 +157,7 @@ def test_logits_of_any_size():
     assert np.all(np.asarray(got[1])[logits < -27] == 0) and np.any(np.asarray(got[1])[logits == -26] != 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("value", [-100.0, 100.0])
 def test_logits_that_are_all_alike_mix_evenly(value):
     x, _, lam = draw((1, 4, 9, 8), seed=7)
@@ -152,14 +166,17 @@ def test_logits_that_are_all_alike_mix_evenly(value):
     assert_close(h, line_scan_from_logits(x, logits * 0, lam, direction="down", implementation="xla"))
 
 
-@pytest.mark.parametrize("scale", [-2.0, 0.0, 1.5])
-def test_weights_are_taken_as_they_are(scale):
+@pytest.mark.full
+def test_weights_are_taken_as_they_are():
     x, weights, lam = draw((1, 4, 9, 8), seed=8)
-    got, want = (gradients(name, x, weights * scale, lam) for name in ("mosaic_interpret", "xla"))
-    assert_all_close(got, want)
+    kernels, reference = (jax.jit(functools.partial(gradients, name)) for name in ("mosaic_interpret", "xla"))
+    for scale in (-2.0, 0.0, 1.5):
+        weights_of_scale = (weights * scale).astype(np.float32)
+        assert_all_close(kernels(x, weights_of_scale, lam), reference(x, weights_of_scale, lam))
 
 
-def test_a_tile_changes_rounding_alone():
+@pytest.mark.full
+def test_a_tile_only_changes_rounding():
     x, logits, lam = draw((1, 17, 65, 8), seed=9)
     scan = functools.partial(line_scan_from_logits, direction="right", implementation="mosaic_interpret")
     x, logits, lam = (array.swapaxes(1, 2) for array in (x, logits, lam))
@@ -173,12 +190,12 @@ def test_a_tile_changes_rounding_alone():
     Tile(8, 512), Tile(8, 64, warpgroups=2, ghost=16), Tile(8, 64, ghost=32), Tile(64, 2), Tile(40, 16),
     Tile(8, 64, stages=1000), Tile(8, -64), Tile(-8, -64), Tile(8, 64, warpgroups=0),
 ], ids=str)  # fmt: skip
-def test_a_tile_that_does_not_serve_is_refused(tile):
+def test_a_tile_that_does_not_fit_is_refused(tile):
     x, logits, lam = draw((1, 70, 3, 8), seed=9)
-    for axis in (1, 2):  # a ragged line, whose pixels are neighbours in memory or not
+    for axis in (1, 2):  # a ragged line, whose pixels are consecutive in memory or not
         arrays = (x, logits, lam) if axis == 2 else tuple(array.swapaxes(1, 2) for array in (x, logits, lam))
         direction = "right" if axis == 2 else "down"
-        with pytest.raises(ValueError, match="^tile: expected one that serves"):
+        with pytest.raises(ValueError, match="^tile: expected one that fits"):
             line_scan(*arrays, direction=direction, chunk=None, implementation="mosaic_interpret", tile=tile)
 
 

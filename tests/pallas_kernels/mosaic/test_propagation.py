@@ -12,21 +12,23 @@ from tests.pallas_kernels.mosaic import cases, propagation_cases
 from tests.pallas_kernels.mosaic.propagation_cases import AXES, IN_TURN, TILES, check, covering, product
 from tests.pallas_kernels.mosaic.test_compiled import assert_sound
 
-FULL = 100  # cases of the product that a full run takes; TEST_SEED=1 takes others
+RANDOM = 100  # cases drawn from the product; TEST_SEED=1 draws others
 
 
-@pytest.mark.parametrize("case", covering(), ids=str)
+@pytest.mark.parametrize("case", cases.marked(covering(), quick=propagation_cases.planned_variant))
 def test_interpreted(case, planned):
     planned(TILES[case.tile])
     check(case, "mosaic_interpret")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", propagation_cases.inference(), ids=str)
 def test_inference_interpreted(case, planned):
     planned(TILES[case.tile])
     propagation_cases.check_inference(case, "mosaic_interpret")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tile", IN_TURN)
 def test_products_and_lines_in_turn_interpreted(tile, planned):
     like = (case for case in covering() if (case.variant, case.tile) == ("low_rank", tile.removesuffix(" in turn")))
@@ -34,8 +36,8 @@ def test_products_and_lines_in_turn_interpreted(tile, planned):
     check(next(like)._replace(tile=tile), "mosaic_interpret")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("number", range(FULL))
+@pytest.mark.random
+@pytest.mark.parametrize("number", range(RANDOM))
 def test_product_of_all_cases(number, planned):
     order = np.random.default_rng(int(os.environ.get("TEST_SEED", "0"))).permutation(len(product()))
     case = product()[order[number]]
@@ -50,8 +52,13 @@ def test_covering_cases_cover_every_allowed_pair_and_are_few():
     assert set(np.unique(cases.pairs(chosen, AXES))) == set(np.unique(cases.pairs(product(), AXES)))
 
 
+def compiled_quickly(case: propagation_cases.PropagationCase) -> str | None:
+    """The variant with matrix products whose forward pass is one kernel."""
+    return case.variant if case.variant == "low_rank_on_chip" else None
+
+
 @pytest.mark.skipif(bool(compile_only.missing()), reason=str(compile_only.missing()))
-@pytest.mark.parametrize("case", propagation_cases.compiled(), ids=str)
+@pytest.mark.parametrize("case", cases.marked(propagation_cases.compiled(), quick=compiled_quickly))
 def test_compiled(case, planned):
     planned(TILES[case.tile])
     run = lambda *arrays: propagation_cases.y_and_gradients(case, "mosaic", *arrays)  # noqa: E731
@@ -64,6 +71,7 @@ def test_compiled(case, planned):
         assert (products > 0) == case.variant.startswith("low_rank"), kernel.opcodes
 
 
+@pytest.mark.full
 def test_a_chunk_that_is_not_finite_spoils_no_other():
     rng = np.random.default_rng(15)
     x = rng.normal(size=(1, 4, 4, 8))
@@ -76,9 +84,10 @@ def test_a_chunk_that_is_not_finite_spoils_no_other():
     np.testing.assert_array_equal(np.isnan(y), np.isnan(want))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", ["fused", "fused_on_chip"])
 def test_a_state_of_ones_stays_one_in_every_direction(variant):
-    """Rows sum to exactly 1 also where the kernel normalises: h = 1 from the first line on, in bfloat16 logits."""
+    """Rows that the kernel normalises sum to exactly 1, also from bfloat16 logits: h is 1 from the first line on."""
     logits = np.random.default_rng(13).normal(0, 3, (1, 12, 12, 4, 3, 8))
     lam = np.zeros((1, 12, 12, 4, 8))
     lam[:, :, 0, 0] = lam[:, 0, :, 1] = lam[:, :, -1, 2] = lam[:, -1, :, 3] = 1  # the line where each direction starts
@@ -88,9 +97,9 @@ def test_a_state_of_ones_stays_one_in_every_direction(variant):
     assert np.all(np.asarray(y) == 4)
 
 
-@pytest.mark.parametrize("variant", ["low_rank", "low_rank_on_chip"])
+@pytest.mark.parametrize("variant", [pytest.param("low_rank", marks=pytest.mark.full), "low_rank_on_chip"])
 def test_a_state_of_ones_stays_one_where_tensor_cores_make_the_maps(variant):
-    """As above; the proxy says on which line a direction starts, and the rest of it what its logits are."""
+    """As above. Five channels of the proxy mark the lines where directions start; the others give the logits."""
     rng = np.random.default_rng(14)
     proxy = rng.normal(0, 3, (1, 12, 12, 16))
     proxy[..., :5] = [0, 0, 0, 0, 1]

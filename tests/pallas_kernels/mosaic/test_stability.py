@@ -1,4 +1,4 @@
-"""The stability-context condition inside the kernels: rows made there sum to exactly 1, so that constants stay."""
+"""The stability-context condition in the kernels: rows of weights sum to exactly 1, so constants stay constant."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ PLANS = {
 
 
 def arrays(lines, pixels, weight_channels, start):
-    """x = `start`, bfloat16 logits of all sizes, and lam, 1 on the first line and 0 after: the start and its means."""
+    """x = `start`, bfloat16 logits of all sizes, and lam = 1 on the first line, 0 after: all states are means of it."""
     scales = SCALES if weight_channels == 8 else np.resize(SCALES, (lines, pixels, 1, 1))
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, lines, pixels, 3, weight_channels)) * scales)
     lam = jnp.zeros((1, lines, pixels, 8), jnp.bfloat16).at[:, 0].set(1)
@@ -40,7 +40,7 @@ def assert_constant_stays(implementation, lines, pixels, weight_channels, tile):
     largest = np.abs(np.asarray(of_logits, np.float32)).max(axis=(0, 3, 4))
     reaching = np.abs(np.asarray(of_lam, np.float32)).max(axis=(0, 3))
     assert np.all(largest <= 1e-6 * reaching), (largest / reaching).max()
-    # Each line hands on all that reaches it, since its rows sum to 1: every line adds its pixels.
+    # Rows sum to 1, so a line passes on the whole gradient that reaches it, and adds 1 for each of its pixels.
     total = np.asarray(of_lam, np.float64).sum(axis=(0, 2))
     wanted = pixels * np.arange(lines, 0, -1.0)[:, None]
     np.testing.assert_allclose(total, np.broadcast_to(wanted, total.shape), rtol=2e-3)  # of bfloat16 results
@@ -57,6 +57,7 @@ def assert_never_grows(implementation, lines, pixels, weight_channels, tile):
     assert np.all(largest[1:] <= largest[:-1] * (1 + 3e-7)) and np.all(largest[-1] > 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_constant_stays_interpreted(plan):
     pixels, weight_channels, tile = PLANS[plan]
@@ -64,6 +65,7 @@ def test_a_constant_stays_interpreted(plan):
     assert_constant_stays("mosaic_interpret", lines, pixels, weight_channels, tile)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("plan", ["planned", "warpgroups"])
 def test_a_state_never_grows_interpreted(plan):
     pixels, weight_channels, tile = PLANS[plan]

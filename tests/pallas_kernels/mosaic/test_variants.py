@@ -14,6 +14,7 @@ def on_a_card():
         yield
 
 
+@pytest.mark.full
 def test_a_row_is_good_for_similar_maps(monkeypatch):
     """Without the row of a map, the nearest other row rarely chooses a variant much slower than the best."""
     rows, slower = variants._table()["rows"], []
@@ -53,9 +54,7 @@ def test_a_card_without_wgmma_reads_maps():
         for row in rows:
             chosen = variants.choose(variants._work_of(row), None)
             assert {chosen.inference, chosen.training, chosen.backward} <= {"fused", "fused_on_chip"}, chosen
-        with pytest.raises(
-            ValueError, match="one without wgmma, which NVIDIA B200 lacks, got 'low_rank'"
-        ):
+        with pytest.raises(ValueError, match="one without wgmma, which NVIDIA B200 lacks, got 'low_rank'"):
             variants.choose(variants._work_of(rows[0]), "low_rank")
 
 
