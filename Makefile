@@ -20,7 +20,7 @@ help:
 	@echo "make test    run the test suite in $(WORKERS) processes; a part of it: make test ARGS='tests/data -x'"
 	@echo "make test-all  the same with 500 more combinations for the kernels, drawn from all: TEST_SEED=1 draws others"
 	@echo "make lint    ruff and pyright"
-	@echo "make lock    compile requirements.lock again (needs uv)"
+	@echo "make lock    compile requirements.lock and requirements-gpu.lock again (needs uv)"
 	@echo "make clean   remove caches and build products; keeps $(VENV) and runs"
 
 venv:
@@ -52,9 +52,14 @@ lint: venv
 	@$(PYTHON) -m ruff format --check .
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PYTHON) -m pyright --pythonpath $(PYTHON)
 
+LOCK = uv pip compile --universal --python-version 3.12 --generate-hashes --no-annotate --no-header --quiet
+IN_BOTH := jax jaxlib ml-dtypes numpy opt-einsum scipy
+
+# requirements-gpu.lock holds what a GPU needs on top of requirements.lock.
 lock:
-	uv pip compile --universal --python-version 3.12 --generate-hashes --no-annotate --no-header \
-		--quiet --output-file requirements.lock requirements.txt requirements-dev.txt
+	$(LOCK) --output-file requirements.lock requirements.txt requirements-dev.txt
+	$(LOCK) --output-file requirements-gpu.lock --constraints requirements.lock \
+		$(addprefix --no-emit-package ,$(IN_BOTH)) requirements-gpu.txt
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -11,6 +11,7 @@ import pytest
 from tests.test_layout import OPTIONAL, PACKAGES, REPOSITORY, imports, python_files
 
 LOCK = (REPOSITORY / "requirements.lock").read_text()
+GPU_LOCK = (REPOSITORY / "requirements-gpu.lock").read_text()
 PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[a-z0-9]+\])?==([A-Za-z0-9.]+)$")
 
 
@@ -30,8 +31,8 @@ def pins(path: Path) -> dict[str, str]:
     return found
 
 
-def locked() -> dict[str, str]:
-    return dict(re.findall(r"^([a-z0-9-]+)==([A-Za-z0-9.]+)", LOCK, re.MULTILINE))
+def locked(lock: str = LOCK) -> dict[str, str]:
+    return dict(re.findall(r"^([a-z0-9-]+)==([A-Za-z0-9.]+)", lock, re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
@@ -48,11 +49,20 @@ def test_extras_do_not_contradict_the_lock(name):
     assert extra and {key: locked()[key] for key in extra if key in locked()}.items() <= extra.items()
 
 
-def test_every_entry_of_the_lock_is_hashed_and_no_address_is_in_it():
-    entries = re.split(r"^(?=\S)", LOCK, flags=re.MULTILINE)[1:]
-    assert len(entries) == len(locked()) > 50
+@pytest.mark.parametrize("lock,least", [(LOCK, 50), (GPU_LOCK, 15)], ids=["cpu", "gpu"])
+def test_every_entry_of_a_lock_is_hashed_and_no_address_is_in_it(lock, least):
+    entries = re.split(r"^(?=\S)", lock, flags=re.MULTILINE)[1:]
+    assert len(entries) == len(locked(lock)) > least
     assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
-    assert not re.search(r"://|--(extra-)?index|--find-links|@ ", LOCK)
+    assert not re.search(r"://|--(extra-)?index|--find-links|@ ", lock)
+
+
+def test_gpu_lock_comes_on_top_of_the_lock():
+    gpu = locked(GPU_LOCK)
+    assert not set(gpu) & set(locked())
+    assert gpu["jax-cuda13-plugin"] == gpu["jax-cuda13-pjrt"] == locked()["jax"]
+    compile_only = pins(REPOSITORY / "requirements-gpu-compile.txt")
+    assert {name: gpu[name] for name in compile_only if name in gpu}.items() <= compile_only.items()
 
 
 def test_pyproject_offers_every_extra():
