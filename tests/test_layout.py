@@ -45,7 +45,7 @@ EXCEPT = {
 # Folder: all that its files import beside the standard library and themselves.
 ALLOWED = {"pallas_kernels": ("jax", "numpy"), "configs": ("ml_collections",)}
 # From the optional requirements: only inside functions, and only under this folder if one is named.
-OPTIONAL = {"tensorflow": "gspn_jax/data", "jax_triton": "", "triton": ""}
+OPTIONAL = {"tensorflow": "gspn_jax/data", "torch": "tests/weights"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ def plant(root: Path, path: str, source: str) -> None:
         ("gspn_jax/data/a.py", "import tensorflow as tf", "tensorflow is optional"),
         ("gspn_jax/data/a.py", "try:\n    import tensorflow\nexcept ImportError:\n    pass", "a.py:2: tensorflow"),
         ("experiments/a.py", "def f():\n    import tensorflow as tf", "imported in gspn_jax/data only"),
-        ("gspn_jax/models/a.py", "import jax_triton", "jax_triton is optional"),
+        ("gspn_jax/models/a.py", "def f():\n    import torch", "torch is imported in tests/weights only"),
         ("gspn_jax/training/utils.py", "", "utils says nothing"),
         ("gspn_jax/models/common/a.py", "", "common says nothing"),
         ("tests/data/test_misc.py", "", "misc says nothing"),

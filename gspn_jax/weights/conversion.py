@@ -135,9 +135,9 @@ def _classifier(
     options = {**nvlabs_classifier_sizes(arrays), "stem_stride": 4}
     count = options.pop("num_classes")
     name = _preset("classifier", options, stem_stride=4, expansion=1.5, mlp_ratio=4.0)
-    if global_stages is None:
-        global_stages = models.PRESETS[name].options["global_stages"] if name else (2, 3)
-    chosen: Any = dict(alignment=alignment, chunk=chunk, global_stages=tuple(global_stages))
+    released: Sequence[int] = models.PRESETS[name].options["global_stages"] if name else (2, 3)
+    stages = released if global_stages is None else global_stages
+    chosen: Any = dict(alignment=alignment, chunk=chunk, global_stages=tuple(stages))
     model = nvlabs_classifier(arrays, **chosen)
     size: dict[str, Any] = dict(image_size=image_size, resize=resize)
     normalisation: dict[str, Any] = dict(mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
