@@ -4,7 +4,6 @@ python -m experiments.predict --workdir=runs/digits picture.png [more.jpg ...]
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +12,7 @@ from absl import flags
 
 from experiments import classification, command_line
 from gspn_jax import data
-from gspn_jax.data.sources.protocol import FileSource
 from gspn_jax.training import load_parameters
-
-
-class _Files(FileSource):
-    """Named files, without labels."""
-
-    def __init__(self, paths: Sequence[str]):
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def encoded(self, index: int, /) -> tuple[bytes, int]:
-        return Path(self._paths[index]).read_bytes(), 0
-
-    def describe(self, index: int, /) -> str:
-        return str(self._paths[index])
 
 
 def run(workdir: str, paths: Sequence[str], *, step: int | None = None, top: int = 5) -> list[list[tuple[str, float]]]:
@@ -53,11 +35,12 @@ def run(workdir: str, paths: Sequence[str], *, step: int | None = None, top: int
     if count < 1:
         raise ValueError(f"top: expected an integer >= 1, got {top}")
     batches = data.evaluation_batches(
-        _Files(paths),
+        data.ImageFiles(paths),
         batch_size=min(len(paths), 32),
         image_size=meta["data"]["image_size"],
         resize=meta["data"]["resize"] or None,
         num_threads=1,
+        exif_rotation=True,
     )
     likeliest = jax.jit(lambda params, images: jax.lax.top_k(jax.nn.softmax(task.logits(params, images)), count))
     params = jax.tree.map(jnp.asarray, params)
