@@ -76,11 +76,11 @@ class Stream:
     """
 
     def __init__(self, iterator: grain.DatasetIterator):
-        self._iterator = iterator
-        self._finalizer = weakref.finalize(self, _close, iterator)  # also at the end of a program that never closed it
+        self._iterators = [iterator]
+        self._finalizer = weakref.finalize(self, _close, self._iterators)  # at the end of the program at the latest
 
     def __next__(self) -> dict[str, Any]:
-        return {name: _own(value) for name, value in next(self._iterator).items()}
+        return {name: _own(value) for name, value in next(self._iterators[0]).items()}
 
     def close(self) -> None:
         """Ends threads and worker processes."""
@@ -98,8 +98,8 @@ def _own(value: Any) -> Any:
     return copy
 
 
-def _close(iterator: grain.DatasetIterator) -> None:
-    iterator.close()
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+    iterators.pop().close()  # no reference remains: grain's own cleanup fails when the interpreter shuts down
     pool = SharedMemoryArray._del_thread_pool
     if pool is not None:
         pool.apply(int)  # the arrays that were read ahead are deleted in this pool: wait for it

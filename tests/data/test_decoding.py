@@ -3,6 +3,7 @@
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_batches_are_turned_if_asked(tmp_path: Path):
         (tmp_path / split / "a" / "1.jpg").write_bytes(photograph(6))
     dataset = data.load("image_folder", str(tmp_path))
     for turn in (False, True):
-        options = dict(batch_size=1, image_size=(20, 30), num_threads=0, exif_rotation=turn)
+        options: Any = dict(batch_size=1, image_size=(20, 30), num_threads=0, exif_rotation=turn)
         for batches in (
             data.training_batches(dataset.train, **options),
             data.evaluation_batches(dataset.test, **options),
@@ -74,6 +75,9 @@ def test_special_files_are_refused(tmp_path: Path):
     for name in ("pipe.png", "."):  # reading the pipe would wait for ever
         with pytest.raises(data.CorruptImage, match=r": expected a regular file, got a folder, pipe or device$"):
             read_file(tmp_path / name)
+    batches = data.evaluation_batches(data.ImageFiles([tmp_path / "pipe.png"]), batch_size=1, image_size=8)
+    with pytest.raises(data.CorruptImage, match=r"pipe.png: expected a regular file"):
+        next(batches)
     (tmp_path / "loop.png").symlink_to("loop.png")
     with pytest.raises(data.CorruptImage, match="loop.png: expected a regular file, got a loop of symbolic links"):
         read_file(tmp_path / "loop.png")

@@ -1,4 +1,8 @@
-"""Worker processes: the same batches as without them. They are slow to start, so two tests check much."""
+"""Worker processes: the same batches as without them. They are slow to start, so three tests check much."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +42,7 @@ def test_workers_restore_and_give_the_same_batches_and_count_corrupt_images(tmp_
         got = next(workers)
         assert set(got) == set(batch) and got["replaced"] == batch["replaced"]
         for name in ("image", "label"):
+            assert type(got[name]) is np.ndarray  # not in shared memory
             np.testing.assert_array_equal(got[name], batch[name])
     assert len([record for record in caplog.records if "class_1/02.jpg" in record.getMessage()]) == 1
     plain.restore(workers.state())
@@ -55,3 +60,25 @@ def test_a_corrupt_image_stops_a_worker_with_its_path(tmp_path):
     with pytest.raises(data.CorruptImage, match=r"val/class_2/01.jpg: cannot be decoded \(.*truncated"):
         list(run)
     run.close()
+
+
+PROGRAM = """
+from gspn_jax import data
+
+if __name__ == "__main__":
+    source = data.load("fake", image_size=16, train_size=32).train
+    options = dict(batch_size=8, image_size=16, num_threads=4, num_workers=1)
+    training = data.training_batches(source, **options)
+    kept = [next(training) for _ in range(3)]  # neither let go nor closed
+    kept += list(data.evaluation_batches(source, **options))
+    print(len(kept))
+"""
+
+
+def test_no_shared_memory_is_left_behind(tmp_path: Path):
+    """Python's resource tracker complains at the end of a program that leaves some."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    root = str(Path(__file__).parents[2])
+    run = subprocess.run(command, env={"PYTHONPATH": root, "PATH": ""}, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "7\n", "")

@@ -80,6 +80,7 @@ def test_wrong_autoencoders(images: str, autoencoder: str, latents: str, tmp_pat
     refuse(r"output: expected the settings .*\(copies=2\), got copies=1", flip=False)
 
 
+@pytest.mark.full
 def test_a_generator_of_latents(autoencoder: str, latents: str, tmp_path: Path):
     config = generator.get_config("sit_b2")
     config.data.update({"path": latents, "image_size": 8, "num_threads": 1})
