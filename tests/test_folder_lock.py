@@ -80,7 +80,7 @@ def test_one_of_many_replaces_a_dead_lock(tmp_path: Path):
     for _ in range(10):
         write_lock(tmp_path, process=finished_process())
         got: list[bool] = []
-        barrier = threading.Barrier(8)
+        barrier = threading.Barrier(8, timeout=60)
         threads = [threading.Thread(target=take, args=(barrier, got)) for _ in range(8)]
         for thread in threads:
             thread.start()
