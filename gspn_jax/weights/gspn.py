@@ -119,7 +119,7 @@ def nvlabs_classifier_arrays(model: Classifier) -> dict[str, np.ndarray]:
             array = array.reshape(1, 4, 1, 1) if "m_conv" in name else array[..., None, None]
         elif _MAP_VECTOR.search(name):
             array = array.reshape(1, -1, 1, 1)
-        arrays[name] = array
+        arrays[name] = np.ascontiguousarray(array)  # safetensors writes the memory of an array, not its elements
     return arrays
 
 

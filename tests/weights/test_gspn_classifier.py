@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from gspn_jax.models import build
@@ -53,6 +54,15 @@ def test_way_back():
     assert back.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(back[name], array, err_msg=name, strict=True)
+
+
+def test_the_way_back_survives_safetensors():
+    """Which writes an array that is not contiguous in the order of its memory, and says nothing."""
+    back = nvlabs_classifier_arrays(nvlabs_classifier(ARRAYS))
+    written = safetensors.numpy.load(safetensors.numpy.save(back))
+    assert written.keys() == back.keys() and len(back) > 50
+    for name, array in back.items():
+        np.testing.assert_array_equal(written[name], array, err_msg=name)
 
 
 def test_sizes_are_read_off_the_shapes():
