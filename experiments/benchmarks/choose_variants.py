@@ -4,7 +4,7 @@
 
 On a card that the kernels run on, it times each variant. Without one it takes the estimates that rank tiles, adds the
 bytes that making the maps moves, and says so in the table. Either way the time to make maps in memory counts. Writes
-pallas_kernels/mosaic/paths.json. Without --replace the rows of other shapes stay, and measured times never join
+pallas_kernels/mosaic/variants.json. Without --replace the rows of other shapes stay, and measured times never join
 estimated ones.
 """
 
@@ -22,9 +22,8 @@ from experiments import command_line
 from experiments.benchmarks import device_time
 from experiments.benchmarks.shapes import CHOSEN, KernelShape, select_layers
 from pallas_kernels import UpProjection, propagate, propagate_low_rank
-from pallas_kernels.dispatch import PATHS as VARIANTS
-from pallas_kernels.mosaic import card
-from pallas_kernels.mosaic import paths as variants
+from pallas_kernels.choices import VARIANTS
+from pallas_kernels.mosaic import card, variants
 from pallas_kernels.mosaic.card import COPY_BANDWIDTH
 from pallas_kernels.up_projection import maps_of
 
@@ -100,7 +99,7 @@ def measure(shape: KernelShape, clock: str) -> Times:
             variants.forms(work_of(shape), variant)
         except ValueError:
             continue
-        run = functools.partial(propagate_low_rank, chunk=shape.chunk, implementation="mosaic", path=variant)
+        run = functools.partial(propagate_low_rank, chunk=shape.chunk, implementation="mosaic", variant=variant)
         clock_in("inference", variant, run, x, proxy, up, merge)
         # y and what the gradient needs, and then that gradient.
         clock_in("training", variant, lambda *inputs, run=run: jax.vjp(run, *inputs), x, proxy, up, merge)
@@ -109,7 +108,7 @@ def measure(shape: KernelShape, clock: str) -> Times:
             if variant in times["backward"]:
                 times["backward"][variant] -= times["training"][variant]
         if variant.startswith("fused"):
-            given = functools.partial(propagate, chunk=shape.chunk, implementation="mosaic", path=variant)
+            given = functools.partial(propagate, chunk=shape.chunk, implementation="mosaic", variant=variant)
             maps = jax.jit(maps_of)(proxy, up)
             clock_in("given_inference", variant, given, x, *maps, merge)
             clock_in("given_training", variant, lambda *inputs, given=given: jax.vjp(given, *inputs), x, *maps, merge)
@@ -153,7 +152,7 @@ def update(path: Path, shapes: Sequence[KernelShape], *, replace: bool = False) 
 def define_flags() -> None:
     flags.DEFINE_list("shapes", [shape.name for shape in CHOSEN], "Layers in experiments/benchmarks/shapes.py.")
     flags.DEFINE_bool("replace", False, "Drops the rows of other shapes.")
-    flags.DEFINE_string("output", None, "Another table than pallas_kernels/mosaic/paths.json.")
+    flags.DEFINE_string("output", None, "Another table than pallas_kernels/mosaic/variants.json.")
 
 
 def main() -> None:

@@ -32,8 +32,8 @@ from experiments.benchmarks.options import Options
 from experiments.benchmarks.shapes import CROSSOVER, LAYERS, KernelShape, select_layers
 from gspn_jax.mixers import GSPNMixer
 from pallas_kernels import UpProjection
-from pallas_kernels.dispatch import PATHS as VARIANTS
-from pallas_kernels.mosaic import paths as variants
+from pallas_kernels.choices import VARIANTS
+from pallas_kernels.mosaic import variants
 from pallas_kernels.tolerances import TOLERANCES
 from pallas_kernels.up_projection import gradients_of_maps, maps_of
 
@@ -123,7 +123,7 @@ class MixerCase(Case):
                 return AttentionMixer(self.candidate, shape.channels, rngs=rngs)
             return GSPNMixer(
                 shape.channels, proxy_rank=shape.rank, chunk=shape.chunk, implementation=self.implementation,
-                path=self.variant, dtype=jnp.dtype(DTYPE), param_dtype=jnp.dtype(DTYPE), rngs=rngs,
+                variant=self.variant, dtype=jnp.dtype(DTYPE), param_dtype=jnp.dtype(DTYPE), rngs=rngs,
             )  # fmt: skip
 
         return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))

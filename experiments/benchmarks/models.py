@@ -22,7 +22,7 @@ from absl import flags
 from flax import nnx
 
 from experiments import command_line, provenance, tables
-from gspn_jax import models
+from gspn_jax.models import PRESETS, create_model, parameter_count
 from pallas_kernels import record_choices
 
 
@@ -62,7 +62,7 @@ def propagation_multiply_adds(choices: Sequence[Any]) -> int:
 
 def benchmark(name: str, *, image_size: int, batch_size: int, mixer: str, dtype: str, repeats: int) -> dict[str, Any]:
     """Returns the row of a model; the command's flags say what each argument means."""
-    build = functools.partial(models.build, name, num_classes=1000, mixer=mixer)
+    build = functools.partial(create_model, name, num_classes=1000, mixer=mixer)
     graph, params = nnx.split(nnx.jit(lambda: build(dtype=dtype, rngs=nnx.Rngs(0)))())
     images = jnp.zeros((batch_size, image_size, image_size, 3))
     labels = jnp.zeros(batch_size, jnp.int32)
@@ -86,7 +86,7 @@ def benchmark(name: str, *, image_size: int, batch_size: int, mixer: str, dtype:
         "dtype": dtype,
         "image_size": image_size,
         "batch_size": batch_size,
-        "parameters": models.parameter_count(nnx.merge(graph, params)),
+        "parameters": parameter_count(nnx.merge(graph, params)),
         "gmacs": round((dense + propagation_multiply_adds(choices)) / 1e9, 3),
         "gmacs_propagation": round(propagation_multiply_adds(choices) / 1e9, 3),
         "implementation": " ".join(sorted({choice.implementation for choice in choices})) or "none",
@@ -128,7 +128,8 @@ def run(names: Sequence[str], output: str | None, **options: Any) -> list[dict[s
 
 
 def define_flags() -> None:
-    flags.DEFINE_list("models", ["gspn_t"], f"Some of {', '.join(models.MODELS)}.")
+    names = ", ".join(name for name, preset in PRESETS.items() if preset.network == "classifier")
+    flags.DEFINE_list("models", ["gspn_t"], f"Some of {names}.")
     flags.DEFINE_integer("image_size", 224, "Side of the images.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 128, "Images per step.", lower_bound=1)
     flags.DEFINE_string("mixer", "gspn", "gspn or attention.")

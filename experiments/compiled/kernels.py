@@ -21,9 +21,8 @@ from experiments.benchmarks.shapes import CHOSEN, CROSSOVER, LARGER, SHAPES, SHA
 from experiments.compiled import report
 from experiments.compiled.report import Report, Row
 from pallas_kernels import DIRECTIONS, UpProjection
-from pallas_kernels.dispatch import PATHS as VARIANTS
-from pallas_kernels.mosaic import compile_only, operations
-from pallas_kernels.mosaic import paths as variants
+from pallas_kernels.choices import VARIANTS
+from pallas_kernels.mosaic import compile_only, operations, variants
 from pallas_kernels.mosaic.card import H200
 from pallas_kernels.mosaic.compile_only import Kernel
 from pallas_kernels.mosaic.forms import Form
@@ -145,7 +144,7 @@ def _bind_propagation(program: Program) -> tuple[Callable[..., Any], list[Any], 
         maps = [array(*pixels, 4, shape.channels)] * 3
         arguments = [x, array(*pixels, 4, 3, shape.weight_channels), *maps, merge]
         function = kernels.propagation_forward if is_forward else kernels.propagation_backward
-        options |= dict(path=variant) if is_forward else {}
+        options |= dict(variant=variant) if is_forward else {}
     if is_forward:
         options["keep"] = program.pass_ == TRAINING
     else:

@@ -19,12 +19,14 @@ import jax.numpy as jnp
 from absl import flags
 
 from configs import classifier, generator
-from experiments import classification, command_line, generation, tables
+from experiments import command_line, settings, tables
 from experiments.compiled import costs, report
 from experiments.compiled.report import Report, Row
-from gspn_jax import data, models
-from gspn_jax.training import MixingOptions, OptimizerOptions, TrainOptions
-from gspn_jax.training.loop import Task
+from gspn_jax import data
+from gspn_jax.models.autoencoder import LATENT_SCALE
+from gspn_jax.runs import Run, new_run
+from gspn_jax.runs.description import mixer_of
+from gspn_jax.training import OptimizerOptions, Task, TrainOptions
 from gspn_jax.training.optimizer import make_optimizer
 from gspn_jax.training.state import initial_state
 from gspn_jax.training.step import make_step
@@ -51,7 +53,7 @@ class Propagation(NamedTuple):
     """How the propagation is computed: options of `GSPNMixer`."""
 
     implementation: str
-    path: str | None = None
+    variant: str | None = None
     keep_states: bool = True
 
 
@@ -86,11 +88,10 @@ def classifier_setting(preset: str, size: int, propagation: Propagation, remat: 
     """Returns a preset of configs/classifier.py with 1,000 classes, on images of `size` pixels a side, in bfloat16."""
     config: Any = classifier.get_config(preset)
     config.batch_size, config.model.remat, config.model.dtype = batch_size, remat, "bfloat16"
-    meta: Any = classification.describe(config, data.load("fake", None)) | {"num_classes": 1000}
-    meta["model"]["options"] |= propagation._asdict()
+    run = _run(config, data.load("fake", None), propagation)
     return Setting(
-        task=classification.make_task(meta, MixingOptions(**config.mixing.to_dict())),
-        optimizer=classification.optimizer_options(config, STEPS // config.epochs, STEPS),
+        task=run.make_task(**settings.task_options(config)),
+        optimizer=settings.optimizer_options(config, STEPS // config.epochs, STEPS),
         batch={
             "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
@@ -103,21 +104,27 @@ def generator_setting(preset: str, propagation: Propagation, remat: bool, batch_
     config: Any = generator.get_config(preset)
     config.batch_size, config.model.remat, config.model.dtype = batch_size, remat, "bfloat16"
     side = config.data.image_size // 8
-    latents = data.LatentSpace((side, side, 4), 0.18215, autoencoder="")
+    latents = data.LatentSpace((side, side, 4), LATENT_SCALE, autoencoder="")
     dataset = dataclasses.replace(data.load("fake", None), latents=latents)
-    meta: Any = generation.describe(config, dataset) | {"num_classes": 1000}
-    if config.model.name in models.GENERATORS:
-        meta["model"]["options"] |= propagation._asdict()
+    run = _run(config, dataset, propagation)
     moments = jax.ShapeDtypeStruct((batch_size, *latents.shape), jnp.float32)
     return Setting(
-        task=generation.make_task(meta),
-        optimizer=classification.optimizer_options(config, STEPS // config.epochs, STEPS),
+        task=run.make_task(),
+        optimizer=settings.optimizer_options(config, STEPS // config.epochs, STEPS),
         batch={
             "mean": moments,
             "log_variance": moments,
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         },
     )
+
+
+def _run(config: Any, dataset: data.Dataset, propagation: Propagation) -> Run:
+    """Returns the run of a configuration with 1,000 classes and, where its mixer is GSPN, with these kernels."""
+    description: Any = settings.describe(config, dataset) | {"num_classes": 1000}
+    if mixer_of(description) == "gspn":
+        description["model"]["options"] |= propagation._asdict()
+    return new_run(description)
 
 
 MODELS = {

@@ -10,6 +10,7 @@ from gspn_jax.training.mixing import MixingOptions
 from gspn_jax.training.optimizer import OptimizerOptions
 from gspn_jax.training.options import TrainOptions
 from gspn_jax.training.sharding import MeshOptions
+from gspn_jax.training.tasks import Task
 from gspn_jax.training.tasks.classification import Classification
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "OptimizerOptions",
     "Preempted",
     "Result",
+    "Task",
     "TrainOptions",
     "load_both",
     "load_parameters",

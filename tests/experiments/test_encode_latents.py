@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from configs import generator
-from experiments import encode_latents, sample, train
-from experiments.sample import Generator, Sampling
-from gspn_jax import data
+from experiments import encode_latents, train
+from gspn_jax import data, load_run
+from gspn_jax.sampling import Sampling, draw
 from gspn_jax.weights import diffusers_autoencoder
 
 with np.load(Path(__file__).parents[1] / "golden" / "autoencoder_tiny.npz") as saved:
@@ -87,18 +87,21 @@ def test_a_generator_of_latents(autoencoder: str, latents: str, tmp_path: Path):
     config.model.update({"width": 8, "depth": 1, "num_heads": 2, "patch": 1, "dtype": "float32"})
     config.update({"batch_size": 48, "steps": 2, "intervals": {"log_steps": 1}})
     workdir = str(tmp_path / "run")
-    numbers = train.run(config, workdir).evaluation
+    numbers = train.run(config, workdir)[1].evaluation
     assert numbers["images"] == 16 and 0 < numbers["loss"] < 5
     manifest = json.loads((Path(latents) / "manifest.json").read_text())
-    with pytest.raises(ValueError, match="autoencoder: expected a safetensors file, since this network draws latents"):
-        Generator(workdir)
+    run = load_run(workdir)
+    with pytest.raises(ValueError, match="autoencoder: expected a file of weights, since this network draws latents"):
+        run.sample([0])
+    with pytest.raises(ValueError, match="images: expected a generator of pixels, got one of latents"):
+        run.preprocess(np.zeros((8, 8, 3), np.uint8))
     how = Sampling(num_steps=2)
-    one = Generator(workdir, how, image_size=(8, 16), autoencoder=autoencoder, norm_groups=8)
-    assert one.settings["autoencoder"] == manifest["autoencoder"]["sha256"]
-    images = sample.run(one, count=3)
+    sampler = run.sampler(how, image_size=(8, 16), autoencoder=autoencoder, norm_groups=8)
+    assert sampler.settings["autoencoder"] == manifest["autoencoder"]["sha256"]
+    images = sampler.images(np.arange(3), np.arange(3))
     assert images.shape == (3, 8, 16, 3) and images.std() > 1
     # Drawn and decoded by hand.
-    params = jax.tree.map(jnp.asarray, sample.load_parameters(workdir)[0])
-    drawn = sample.draw(one.task, params, jnp.arange(3), jnp.arange(3), how, shape=(1, 2, 4))
+    params = jax.tree.map(jnp.asarray, run.params)
+    drawn = draw(run.task, params, jnp.arange(3), jnp.arange(3), how, shape=(1, 2, 4))
     decoded = diffusers_autoencoder(ARRAYS, norm_groups=8).decode(drawn / manifest["scale"])
     assert np.abs(np.clip((np.asarray(decoded) + 1) * 127.5, 0, 255) - images).max() < 0.6  # rounded

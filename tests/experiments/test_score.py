@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import classification, score
+from experiments import score
 from gspn_jax import data
+from gspn_jax.runs import new_run
 from gspn_jax.training import save_parameters
 
 
@@ -56,7 +57,7 @@ def test_a_classifier_knows_its_own_images(tmp_path: Path):
         "class_names": [str(number) for number in range(10)],
         "data": {"name": "digits", "path": "", "image_size": 8, "resize": 0, "mean": [128.0] * 3, "std": [64.0] * 3},
     }
-    task = classification.make_task(description)
+    task = new_run(description).make_task()
     params = task.init(jax.random.key(0))
     save_parameters(str(tmp_path / "run"), params, description)
     source = data.load("digits").test

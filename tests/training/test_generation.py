@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from gspn_jax.diffusion import GaussianDiffusion, Interpolant
-from gspn_jax.training.generation import Generation
+from gspn_jax.training.tasks.generation import Generation
 
 
 class Affine(nnx.Module):

@@ -24,8 +24,8 @@ from gspn_jax.diffusion import GaussianDiffusion
 from gspn_jax.training import Classification, MeshOptions, MixingOptions, OptimizerOptions, Preempted, TrainOptions
 from gspn_jax.training.checkpoints import Checkpoints, load_parameters
 from gspn_jax.training.distributed import initialise
-from gspn_jax.training.generation import Generation
 from gspn_jax.training.loop import train
+from gspn_jax.training.tasks.generation import Generation
 
 CLASSES, SIZE, BATCH = 6, 4, 16
 

@@ -127,7 +127,14 @@ def shapes_of(network, preset):
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 
-PRESETS = {"classifier": models.MODELS, "generator": models.GENERATORS, "dit": models.DITS}
+PRESETS = {
+    network: {
+        name: {**preset.options, **preset.mixer_options}
+        for name, preset in models.PRESETS.items()
+        if preset.network == network
+    }
+    for network in models.NETWORKS
+}
 
 
 @pytest.mark.parametrize("network,name", [

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from gspn_jax.models import build
+from gspn_jax.models import create_model
 from gspn_jax.weights import nvlabs_classifier, nvlabs_classifier_arrays
 
 with np.load(pathlib.Path(__file__).parents[1] / "golden" / "classifier_tiny.npz") as saved:
@@ -68,7 +68,7 @@ def test_the_way_back_survives_safetensors():
 def test_sizes_are_read_off_the_shapes():
     """GSPN-S has another proxy rank, and widths that 8 does not divide."""
     options: Any = dict(widths=(12, 20, 24, 28), depths=(1, 2, 1, 1))
-    small = nnx.eval_shape(lambda: build("gspn_s", num_classes=7, rngs=nnx.Rngs(0), **options))
+    small = nnx.eval_shape(lambda: create_model("gspn_s", num_classes=7, rngs=nnx.Rngs(0), **options))
     graph, state = nnx.split(small)
     small = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5, leaf.dtype), state))
     again = nvlabs_classifier(nvlabs_classifier_arrays(small), alignment="aligned", global_stages=(3,))

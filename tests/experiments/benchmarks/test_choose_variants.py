@@ -8,10 +8,8 @@ import pytest
 
 from experiments.benchmarks import choose_variants
 from experiments.benchmarks.shapes import CHOSEN, KernelShape, select
-from pallas_kernels.dispatch import PATHS as VARIANTS
-from pallas_kernels.dispatch import Paths as Variants
-from pallas_kernels.mosaic import card
-from pallas_kernels.mosaic import paths as variants
+from pallas_kernels.choices import VARIANTS, Variants
+from pallas_kernels.mosaic import card, variants
 
 
 @pytest.fixture(autouse=True)

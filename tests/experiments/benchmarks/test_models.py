@@ -22,7 +22,7 @@ def test_counts_of_single_operations():
 
 def test_gspn_t_has_the_papers_multiply_adds():
     """5.24 G in convolutions and linear layers by the released code, 5.3 in the paper's table."""
-    model = nnx.eval_shape(lambda: models.build("gspn_t", num_classes=1000, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: models.create_model("gspn_t", num_classes=1000, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(model)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     with record_choices() as choices:

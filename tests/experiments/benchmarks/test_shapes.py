@@ -18,7 +18,7 @@ from tests.test_layout import REPOSITORY
     "name", ["gspn_t", pytest.param("gspn_s", marks=pytest.mark.full), pytest.param("gspn_b", marks=pytest.mark.full)]
 )
 def test_classifier_shapes_are_those_of_the_model(name):
-    model = nnx.eval_shape(lambda: models.build(name, num_classes=1000, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: models.create_model(name, num_classes=1000, rngs=nnx.Rngs(0)))
     with record_choices() as choices:
         nnx.eval_shape(lambda m, x: m(x), model, jax.ShapeDtypeStruct((128, 224, 224, 3), jnp.float32))
     listed = [((s.batch, s.height, s.width, s.channels), s.chunk) for s in GROUPS[name]]

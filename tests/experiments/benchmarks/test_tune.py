@@ -18,6 +18,6 @@ def test_the_fastest_tile_enters_the_table_that_plans_read(tmp_path, monkeypatch
     assert found is not None
     tune.keep(tmp_path / "tiles.json", "dry", dict([found]))
     ((key, fields),) = json.loads((tmp_path / "tiles.json").read_text())["dry"].items()
-    work = tiles.Work.of_key(key)
+    work = tiles.ScanWork.of_key(key)
     assert (work.kernel, work.batch, work.lines, work.length, work.channels) == ("forward", 2, 7, 7, 16)
     assert tiles.Tile(**fields).extent >= 7 and work.key == key

@@ -6,7 +6,7 @@ from experiments import tables
 from experiments.benchmarks.shapes import GROUPS, LAYERS, SHAPES, KernelShape
 from experiments.compiled import kernels, report
 from experiments.compiled.kernels import COLUMNS, PASSES, REPORT, Program, exists, programs
-from pallas_kernels.dispatch import PATHS as VARIANTS
+from pallas_kernels.choices import VARIANTS
 from pallas_kernels.mosaic import compile_only
 from pallas_kernels.mosaic.compile_only import Kernel
 

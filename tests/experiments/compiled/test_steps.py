@@ -55,7 +55,7 @@ def one_block(propagation: Propagation, remat: bool, batch_size: int) -> Setting
         options = dict(
             widths=(16,), depths=(1,), global_stages=(0,), stem_stride=1, dtype=jnp.dtype("bfloat16"), remat=remat
         )
-        return models.build("gspn_nano", num_classes=10, rngs=rngs, **options, **propagation._asdict())
+        return models.create_model("gspn_nano", num_classes=10, rngs=rngs, **options, **propagation._asdict())
 
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, 8, 8, 3), jnp.uint8),

@@ -73,8 +73,11 @@ def test_assuming_a_card_changes_the_choice():
     assert choice_of(*arrays) == "xla"
 
 
+CLASSIFIERS = [name for name, preset in models.PRESETS.items() if preset.network == "classifier"]
+
+
 @pytest.mark.parametrize("name,options", [
-    *(pytest.param(name, {}, marks=() if name == "gspn_nano" else pytest.mark.full) for name in models.MODELS),
+    *(pytest.param(name, {}, marks=() if name == "gspn_nano" else pytest.mark.full) for name in CLASSIFIERS),
     pytest.param("gspn_t", {"weight_channels": 1}, marks=pytest.mark.full),
 ])  # fmt: skip
 def test_every_layer_of_every_preset_takes_the_kernels(monkeypatch, name, options):
@@ -87,10 +90,10 @@ def test_every_layer_of_every_preset_takes_the_kernels(monkeypatch, name, option
 
     monkeypatch.setattr(primitives, "launch", launch)
     # Every kind of block: the first of each stage, and up to the eighth where a stage has global and local blocks.
-    preset = models.MODELS[name]
+    preset = models.PRESETS[name].options
     depths = (min(n, 8 if stage in preset["global_stages"] else 1) for stage, n in enumerate(preset["depths"]))
     options |= dict(depths=tuple(depths), dtype="bfloat16")
-    model = nnx.eval_shape(lambda: models.build(name, num_classes=10, rngs=nnx.Rngs(0), **options))
+    model = nnx.eval_shape(lambda: models.create_model(name, num_classes=10, rngs=nnx.Rngs(0), **options))
     mixers = [node for _, node in nnx.iter_graph(model) if isinstance(node, GSPNMixer)]
     size = 32 if name == "gspn_nano" else 224
     pixels = 2 * size - 11
