@@ -1,10 +1,9 @@
 """How long a compiled program keeps the device busy, by the device's own clock.
 
-Two device clocks. "profiler": the trace of jax.profiler, from the first kernel or copy of a run to the end of its last,
-what lies between them included. "cupti": the sum of the kernels' durations, gaps and copies left out; it is the one
-that `jax.experimental.mosaic.gpu.profiler` uses, and stands in where a trace holds no device events. Neither sees the
-host: the launch of a program is in no device time. The host's clock over runs queued one behind the other goes
-beside them, to show where the two disagree.
+There are two device clocks. "profiler" reads a trace of jax.profiler: from the first kernel or copy of a run to the end
+of its last, gaps included. "cupti" adds up the durations of the kernels, without gaps and copies; it is the clock of
+`jax.experimental.mosaic.gpu.profiler`, for machines whose traces hold no device events. Neither includes the host's
+launch of a program. The host's clock over queued runs is given beside them, to show where the two disagree.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Without it the profiler runs loops of XLA launch by launch, and lax.scan would be timed slower than it is.
+# Without it the profiler runs loops of XLA launch by launch, and lax.scan would look slower than it is.
 GRAPHS_WHILE_PROFILING = "--xla_enable_command_buffers_during_profiling=true"
 
 Event = tuple[str, float, float]  # name, start and duration in nanoseconds
@@ -27,9 +26,9 @@ Event = tuple[str, float, float]  # name, start and duration in nanoseconds
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one run. The device's are None where it has no clock that can be read."""
+    """Milliseconds of one run; the device's are None where no clock of the device can be read."""
 
-    clock: str  # "profiler", "cupti" or "host", the last with the reason where another was asked for
+    clock: str  # "profiler", "cupti" or "host", "host" with the reason where another was asked for
     runs: int
     median_ms: float | None
     spread_ms: float | None  # between the quartiles
@@ -37,7 +36,7 @@ class Timing:
 
 
 def prepare_environment() -> None:
-    """Settings that have to stand before JAX's backend starts; those that the user has made are kept."""
+    """Sets variables that JAX's backend reads when it starts; keeps those that the user has set."""
     flags = os.environ.get("XLA_FLAGS", "")
     if GRAPHS_WHILE_PROFILING.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {GRAPHS_WHILE_PROFILING}".strip()
@@ -45,7 +44,7 @@ def prepare_environment() -> None:
 
 
 def choose_clock() -> tuple[str, str]:
-    """The first clock that times a small program here, and why those before it do not."""
+    """Returns the first clock that times a small program on this machine, and why those before it do not."""
     if jax.default_backend() == "cpu":
         return "host", "a CPU has no clock of its own"
     program, x = jax.jit(lambda x: x + 1), jnp.ones(2**20)
@@ -57,7 +56,7 @@ def choose_clock() -> tuple[str, str]:
             if len(runs) == 3 and min(runs) > 0:
                 return clock, "; ".join(reasons)
             reasons.append(f"{clock}: times of {runs} ns")
-        except Exception as error:  # whatever a driver or a profiler library raises, the next clock is tried
+        except Exception as error:  # whatever a driver or a profiler library raises, try the next clock
             reasons.append(f"{clock}: {type(error).__name__}: {error}")
     return "host", "; ".join(reasons)
 
@@ -66,9 +65,13 @@ def measure(run: Callable[[int], Any], *, clock: str, most_runs: int = 50, secon
     """Times `run(0), run(1), ...`, each of which starts a compiled program and returns its results.
 
     Args:
-      run: takes the number of the run, so that it can walk through several sets of inputs.
-      clock: of `choose_clock`.
-      most_runs: are timed; fewer, at least 3, where they would take longer than `seconds`.
+        run: takes the number of the run, so that it can walk through several sets of inputs.
+        clock: as `choose_clock` returns it.
+        most_runs: timed runs, at most; fewer, but at least 3, where they would take longer than `seconds`.
+        seconds: length of the measurement, about.
+
+    Returns:
+        The times of one run.
     """
     for index in range(2):
         jax.block_until_ready(run(index))
@@ -89,13 +92,13 @@ def measure(run: Callable[[int], Any], *, clock: str, most_runs: int = 50, secon
 def _queued_seconds(run: Callable[[int], Any], runs: int) -> float:
     start, out = time.perf_counter(), None
     for index in range(runs):
-        out = run(index)  # results before the last are freed as soon as the next are there
+        out = run(index)  # frees the results of the run before
     jax.block_until_ready(out)
     return time.perf_counter() - start
 
 
 def _profiled_runs(run: Callable[[int], Any], runs: int) -> list[float]:
-    """Nanoseconds of each run, from a trace."""
+    """Returns the nanoseconds of each run, from a trace."""
     options: Any = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
     options.enable_hlo_proto = False
@@ -108,15 +111,15 @@ def _profiled_runs(run: Callable[[int], Any], runs: int) -> list[float]:
 
 
 def device_events(trace: Any) -> list[Event]:
-    """What the GPU did, in the order in which it began.
+    """Returns the GPU's kernels and copies in a trace, by their start.
 
     Raises:
-      ValueError: the trace holds none of it; names what it holds.
+        ValueError: the trace has none; the message names what it holds.
     """
     planes = {plane.name: {line.name: line for line in plane.lines} for plane in trace.planes}
     events = []
     for name, lines in planes.items():
-        # Other lines of the plane show the same work again, summed up by program and by operation.
+        # Other lines of the plane repeat the same work, summed up by program and by operation.
         streams = [line for key, line in lines.items() if "/device:GPU" in name and key.startswith("Stream")]
         events += [(event.name, event.start_ns, event.duration_ns) for line in streams for event in line.events]
     if not events:
@@ -125,10 +128,10 @@ def device_events(trace: Any) -> list[Event]:
 
 
 def run_times(events: Sequence[Event], runs: int) -> list[float]:
-    """Nanoseconds of each of `runs` runs of one program, one after the other, from the events of all of them.
+    """Returns the nanoseconds of each of `runs` consecutive runs of one program, from the events of all runs.
 
     Raises:
-      ValueError: the runs do not consist of the same events, so that they cannot be told apart.
+        ValueError: the runs do not consist of the same events, so that they cannot be told apart.
     """
     each, left = divmod(len(events), runs)
     groups = [events[index * each : (index + 1) * each] for index in range(runs)]
@@ -139,8 +142,10 @@ def run_times(events: Sequence[Event], runs: int) -> list[float]:
 
 
 def _cupti_runs(run: Callable[[int], Any], runs: int) -> list[float]:
-    """Nanoseconds of the kernels of each run. By the private functions under JAX's own `Cupti.measure`, which itself
-    repeats on one set of inputs and so may time the cache."""
+    """Returns the nanoseconds of the kernels of each run.
+
+    Calls the private functions under JAX's `Cupti.measure`, which repeats one set of inputs and so may time the cache.
+    """
     from jax.experimental.mosaic.gpu import profiler
 
     library: Any = getattr(getattr(profiler, "mosaic_gpu_lib"), "_mosaic_gpu_ext", None)  # noqa: B009
