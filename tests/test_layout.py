@@ -143,7 +143,7 @@ def import_circle(graph: dict[str, set[str]]) -> list[str]:
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        return list(reversed(error.args[1]))  # graphlib names what is imported before what imports it
+        return list(reversed(error.args[1]))  # graphlib puts the imported module first
     return []
 
 

@@ -87,7 +87,7 @@ def test_pyproject_offers_every_extra():
 
 
 def test_the_wheel_holds_the_libraries_and_their_tables_only():
-    """What setuptools finds by the patterns of pyproject.toml, which need not be installed to know it."""
+    """Applies the patterns of pyproject.toml as setuptools does, which the lock does not hold."""
     assert not SETUPTOOLS["packages"]["find"]["namespaces"], "else folders without __init__.py count"
     packages = [path.parent.relative_to(REPOSITORY) for path in REPOSITORY.glob("[!.]*/**/__init__.py")]
     names = [".".join(path.parts) for path in packages]

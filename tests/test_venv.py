@@ -1,4 +1,4 @@
-"""`.ci/venv` with a stand-in Python and a stand-in nvidia-smi: what it would install, and when it does nothing."""
+"""`.ci/venv` with a stand-in Python and a stand-in nvidia-smi: the packages that it would install."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from tests.test_layout import REPOSITORY
 
-# Plays Python 3.12: a virtual environment is a copy of itself, and pip writes down what it is asked to install.
+# Plays Python 3.12: a virtual environment is a copy of itself, and pip writes down its arguments.
 PYTHON = """#!/bin/sh
 case "$*" in
     "-c import ensurepip"*) exit 0 ;;
@@ -42,7 +42,7 @@ class Checkout:
         (self.tools / name).chmod(0o755)
 
     def make(self, **environment: str) -> tuple[list[str], subprocess.CompletedProcess[str]]:
-        """(what was made and installed, in order; the finished process)."""
+        """(environments made and files installed, in order; the finished process)."""
         record = self.folder / "record"
         record.write_text("")
         finished = subprocess.run(
