@@ -62,10 +62,13 @@ lint: venv
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 LOCK = uv pip compile --universal --python-version 3.12 --generate-hashes --no-annotate --no-header --quiet
+IN_BOTH := jax jaxlib ml-dtypes numpy opt-einsum scipy
 
+# requirements-gpu.lock holds the packages that a GPU needs on top of requirements.lock.
 lock:
 	$(LOCK) --output-file requirements.lock requirements.txt requirements-dev.txt
-	$(LOCK) --output-file requirements-gpu.lock requirements.txt requirements-gpu.txt
+	$(LOCK) --output-file requirements-gpu.lock --constraints requirements.lock \
+		$(addprefix --no-emit-package ,$(IN_BOTH)) requirements-gpu.txt
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info

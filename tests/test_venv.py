@@ -19,10 +19,10 @@ case "$*" in
     "-m pip install "*) shift 3; echo "install $*" >>"$RECORD"; exit "${PIP_FAILS:-0}" ;;
 esac
 """
-OPTIONS = "--require-hashes --disable-pip-version-check --no-input -r"
+OPTIONS = "--require-hashes --disable-pip-version-check --no-input"
 MAKES = "venv .venv"
-LIBRARIES = f"install {OPTIONS} requirements.lock"
-GPU_PACKAGES = f"install {OPTIONS} requirements-gpu.lock"
+LIBRARIES = f"install {OPTIONS} -r requirements.lock"
+GPU_PACKAGES = f"install {OPTIONS} --no-deps -r requirements-gpu.lock"
 
 
 class Checkout:
