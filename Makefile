@@ -64,7 +64,7 @@ lint: venv
 LOCK = uv pip compile --universal --python-version 3.12 --generate-hashes --no-annotate --no-header --quiet
 IN_BOTH := jax jaxlib ml-dtypes numpy opt-einsum scipy
 
-# requirements-gpu.lock holds what a GPU needs on top of requirements.lock.
+# requirements-gpu.lock holds the packages that a GPU needs on top of requirements.lock.
 lock:
 	$(LOCK) --output-file requirements.lock requirements.txt requirements-dev.txt
 	$(LOCK) --output-file requirements-gpu.lock --constraints requirements.lock \

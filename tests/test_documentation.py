@@ -1,4 +1,4 @@
-"""README, docs and docstrings say what is true: their Python runs, their commands parse, their files exist."""
+"""README, docs and docstrings hold: their Python runs, their commands parse, their files and names exist."""
 
 import ast
 import functools
@@ -50,7 +50,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def inline(page: Path) -> list[str]:
-    """What the prose of a page sets in code type."""
+    """The code spans in the prose of a page."""
     return re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text()))
 
 
@@ -159,7 +159,7 @@ def documented_commands() -> list[tuple[str, str]]:
 
 @functools.cache
 def definition(module: str) -> tuple[Callable[[], object], str | None]:
-    """What a command hands to `command_line.start`: the function that defines its flags, its positional argument."""
+    """The arguments of a command's call of `command_line.start`: flag definitions and positional argument."""
     started = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command_line, "start", lambda main, define, positional=None: started.append((define, positional)))
@@ -170,7 +170,7 @@ def definition(module: str) -> tuple[Callable[[], object], str | None]:
 
 
 def parsed(module: str, words: list[str], patch: pytest.MonkeyPatch) -> list[str]:
-    """The positional arguments of a command line; raises what its flags raise. Nothing runs."""
+    """The positional arguments of a command line; raises the errors of its flags. Nothing runs."""
     define, positional = definition(module)
     values = flags.FlagValues()
 
@@ -263,7 +263,7 @@ def test_relative_links_resolve(page):
 
 
 def names_in(page: Path) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is a dotted name) of what a page says of the tree in code type."""
+    """(name, whether it is dotted) of the files and Python names in the code spans of a page."""
     for text in (text for text in inline(page) if "NAME" not in text):
         if re.fullmatch(rf"({'|'.join(TOP_FOLDERS)})/[\w./-]*", text):
             yield text, False

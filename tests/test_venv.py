@@ -1,4 +1,4 @@
-"""`.ci/venv` with a stand-in Python and a stand-in nvidia-smi: what it would install, and when it does nothing."""
+"""`.ci/venv` with a stand-in Python and a stand-in nvidia-smi: the packages that it would install."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from tests.test_layout import REPOSITORY
 
-# Plays Python 3.12: a virtual environment is a copy of itself, and pip writes down what it is asked to install.
+# Plays Python 3.12: a virtual environment is a copy of itself, and pip writes down its arguments.
 PYTHON = """#!/bin/sh
 case "$*" in
     "-c import ensurepip"*) exit 0 ;;
@@ -19,10 +19,10 @@ case "$*" in
     "-m pip install "*) shift 3; echo "install $*" >>"$RECORD"; exit "${PIP_FAILS:-0}" ;;
 esac
 """
-OPTIONS = "--require-hashes --disable-pip-version-check --no-input -r"
+OPTIONS = "--require-hashes --disable-pip-version-check --no-input"
 MAKES = "venv .venv"
-LIBRARIES = f"install {OPTIONS} requirements.lock"
-GPU_PACKAGES = f"install {OPTIONS} requirements-gpu.lock"
+LIBRARIES = f"install {OPTIONS} -r requirements.lock"
+GPU_PACKAGES = f"install {OPTIONS} --no-deps -r requirements-gpu.lock"
 
 
 class Checkout:
@@ -42,7 +42,7 @@ class Checkout:
         (self.tools / name).chmod(0o755)
 
     def make(self, **environment: str) -> tuple[list[str], subprocess.CompletedProcess[str]]:
-        """(what was made and installed, in order; the finished process)."""
+        """(environments made and files installed, in order; the finished process)."""
         record = self.folder / "record"
         record.write_text("")
         finished = subprocess.run(
