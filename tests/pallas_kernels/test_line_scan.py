@@ -153,6 +153,7 @@ def test_flipped_image_scans_like_the_opposite_direction(size, direction, seed):
     np.testing.assert_array_equal(flipped, np.flip(line_scan(x, weights, lam, direction=direction), axis))
 
 
+@pytest.mark.full
 @hypothesis.given(
     size=SIZES, chunk=st.sampled_from([None, 2]),
     direction=st.sampled_from(DIRECTIONS), seed=st.integers(0, 99), scale=st.floats(-8, 8),

@@ -32,7 +32,9 @@ def draw(shape=SHAPE, rank=RANK, weight_channels=None, seed=0, dtype: Any = np.f
 UP = draw(dtype=np.float32)[2]
 
 
-@pytest.mark.parametrize("weight_channels,chunk,skip", [(4, None, True), (1, 2, False), (2, 3, True)])
+@pytest.mark.parametrize("weight_channels,chunk,skip", [
+    (2, 3, True), *(pytest.param(*case, marks=pytest.mark.full) for case in ((4, None, True), (1, 2, False))),
+])  # fmt: skip
 def test_agrees_with_a_loop_over_pixels(weight_channels, chunk, skip):
     x, proxy, up, merge = draw(weight_channels=weight_channels, skip=skip)
     maps: Any = [None if columns is None else np.tensordot(proxy, columns, 1) for columns in up]

@@ -136,9 +136,15 @@ def inference() -> tuple[PropagationCase, ...]:
     return tuple({case.variant: case for case in covering()}.values())
 
 
-def planned_variant(case: PropagationCase) -> str | None:
-    """The variant of a case with lines in all directions and the tile that the plan gives."""
-    return case.variant if case.tile == "planned" and case.size != "one line" else None
+def backward_variant(case: PropagationCase) -> str | None:
+    """The variant of a case, if it has a backward kernel of its own, with lines in all directions and a planned tile."""
+    has_backward = not case.variant.endswith("on_chip")
+    return case.variant if has_backward and case.tile == "planned" and case.size != "one line" else None
+
+
+def on_chip_variant(case: PropagationCase) -> str | None:
+    """The variant of a case, if its backward kernels are those of another variant."""
+    return case.variant if case.variant.endswith("on_chip") else None
 
 
 def compiled() -> tuple[PropagationCase, ...]:

@@ -34,9 +34,7 @@ def assert_sound(kernel: compile_only.Kernel) -> None:
     assert not sum(kernel.count(opcode) for opcode in BY_THREADS), kernel.opcodes
 
 
-@pytest.mark.parametrize(
-    "case", cases.marked(cases.compiled(), quick=lambda case: case.tile if case.tile == "cut" else None)
-)
+@pytest.mark.parametrize("case", cases.marked(cases.compiled(), quick=cut_tile))
 def test_interpreted_cases_compile(case):
     operation = line_scan if case.source == "weights" else line_scan_from_logits
     scan = functools.partial(

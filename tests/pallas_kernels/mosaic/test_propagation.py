@@ -15,14 +15,13 @@ from tests.pallas_kernels.mosaic.test_compiled import assert_sound
 RANDOM = 100  # cases drawn from the product; TEST_SEED=1 draws others
 
 
-@pytest.mark.parametrize("case", cases.marked(covering(), quick=propagation_cases.planned_variant))
+@pytest.mark.parametrize("case", cases.marked(covering(), quick=propagation_cases.backward_variant))
 def test_interpreted(case, planned):
     planned(TILES[case.tile])
     check(case, "mosaic_interpret")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("case", propagation_cases.inference(), ids=str)
+@pytest.mark.parametrize("case", cases.marked(propagation_cases.inference(), quick=propagation_cases.on_chip_variant))
 def test_inference_interpreted(case, planned):
     planned(TILES[case.tile])
     propagation_cases.check_inference(case, "mosaic_interpret")
@@ -52,13 +51,9 @@ def test_covering_cases_cover_every_allowed_pair_and_are_few():
     assert set(np.unique(cases.pairs(chosen, AXES))) == set(np.unique(cases.pairs(product(), AXES)))
 
 
-def compiled_quickly(case: propagation_cases.PropagationCase) -> str | None:
-    """The variant with matrix products whose forward pass is one kernel."""
-    return case.variant if case.variant == "low_rank_on_chip" else None
-
-
+@pytest.mark.full
 @pytest.mark.skipif(bool(compile_only.missing()), reason=str(compile_only.missing()))
-@pytest.mark.parametrize("case", cases.marked(propagation_cases.compiled(), quick=compiled_quickly))
+@pytest.mark.parametrize("case", propagation_cases.compiled(), ids=str)
 def test_compiled(case, planned):
     planned(TILES[case.tile])
     run = lambda *arrays: propagation_cases.y_and_gradients(case, "mosaic", *arrays)  # noqa: E731
