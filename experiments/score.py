@@ -45,7 +45,7 @@ def with_inception(
         splits: parts of the images for the inception score.
 
     Raises:
-        ValueError, OSError: in one line, what is wrong.
+        ValueError, OSError: a wrong argument or file; the message is one line.
     """
     sampling = _sampling(images)
     model, digest = load_inception(inception)
@@ -67,7 +67,7 @@ def with_classifier(
         batch_size: images at a time.
 
     Raises:
-        ValueError, OSError, CheckpointError: in one line, what is wrong.
+        ValueError, OSError, CheckpointError: a wrong argument, file or checkpoint; the message is one line.
     """
     sampling = _sampling(images)
     features, meta, parameters = _classifier(workdir, batch_size)
