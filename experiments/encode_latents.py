@@ -49,7 +49,7 @@ def run(
         options: see `gspn_jax.data.encoding.encode_dataset`.
 
     Raises:
-        ValueError, OSError: in one line, what is wrong.
+        ValueError, OSError: a wrong argument or file; the message is one line.
     """
     dataset = data.load(data_name, data_path)
     model, digest = load_autoencoder(autoencoder, norm_groups=norm_groups, dtype=dtype)

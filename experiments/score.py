@@ -46,7 +46,7 @@ def with_inception(
         splits: parts of the images for the inception score.
 
     Raises:
-        ValueError, OSError: in one line, what is wrong.
+        ValueError, OSError: a wrong argument or file; the message is one line.
     """
     sampling = _sampling(images)
     model, digest = load_inception(inception)
@@ -68,7 +68,7 @@ def with_classifier(
         batch_size: images at a time.
 
     Raises:
-        ValueError, OSError, CheckpointError: in one line, what is wrong.
+        ValueError, OSError, CheckpointError: a wrong argument, file or checkpoint; the message is one line.
     """
     sampling = _sampling(images)
     run: ClassifierRun = load_run(workdir, task="classification")

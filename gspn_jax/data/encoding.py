@@ -165,7 +165,7 @@ class _Folder:
         if (folder / MANIFEST).is_file():
             self._manifest = read_manifest(folder)
         there = self._manifest if len(self._manifest) > 1 else _read_object(folder / UNFINISHED)
-        # Settings alone bind nobody: an encoding that failed before its first shard may be tried with others.
+        # An encoding that failed before its first shard may be tried again with other settings.
         if any(file for split in SPLITS for file in (folder / split).glob("*.array_record")):
             resuming.check_settings("output", folder, {"exif_rotation": False} | there, settings)
         else:

@@ -64,7 +64,7 @@ class Store:
             if not self._json.exists():
                 raise ValueError(f"npz: expected a new file or one that this command made, got {self._path}")
             resuming.check_settings("npz", self._path, _settings(self._json), self._settings)
-        # Settings alone bind nobody: a run that failed before its first batch may be tried with others.
+        # A run that failed before its first batch may be tried again with other settings.
         elif any(self._parts.glob("*.npz")):
             begun = {key: value for key, value in self._settings.items() if key != "count"}
             resuming.check_settings("npz", self._parts, _settings(self._parts / "settings.json"), begun)

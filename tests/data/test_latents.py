@@ -88,7 +88,7 @@ def test_evaluation_batches_are_masked(tmp_path: Path):
     (dict(crop="padded"), 24, "augmentation: expected flip only, because these are latents"),
     ({}, 32, r"image_size: expected 24, as the images that were encoded, got \(32, 32\)"),
 ])  # fmt: skip
-def test_what_latents_cannot_give(tmp_path: Path, augmentation: dict[str, Any], size: int, words: str):
+def test_options_that_latents_do_not_support(tmp_path: Path, augmentation: dict[str, Any], size: int, words: str):
     source = data.load("latents", write(tmp_path, copies=1)).train
     with pytest.raises(ValueError, match=words):
         data.training_batches(source, batch_size=2, image_size=size, augmentation=data.Augmentation(**augmentation))

@@ -147,7 +147,7 @@ def test_npz_faults_are_named(tmp_path, changed, message):
         data.load("npz", write_npz(tmp_path / "bad.npz", **changed))
 
 
-def test_npz_that_is_none(tmp_path):
+def test_files_that_are_not_npz(tmp_path):
     with pytest.raises(ValueError, match="nowhere.npz', which is not a file"):
         data.load("npz", str(tmp_path / "nowhere.npz"))
     (tmp_path / "text.npz").write_text("no array")
