@@ -79,7 +79,7 @@ def test_other_settings_are_refused(autoencoder: str, latents: str):
         encode_latents.run("digits", None, autoencoder, latents, **{**OPTIONS, "image_size": 9})
     with pytest.raises(ValueError, match="data: expected images, got latents"):
         encode_latents.run("latents", latents, autoencoder, latents, **OPTIONS)
-    with pytest.raises(ValueError, match=r"autoencoder: expected a safetensors file, got .*\.json"):
+    with pytest.raises(ValueError, match=r"autoencoder: expected a safetensors, .pt or .pth file, got .*\.json"):
         encode_latents.run("digits", None, f"{latents}/manifest.json", latents, **OPTIONS)
 
 

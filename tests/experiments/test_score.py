@@ -93,7 +93,7 @@ def test_files_that_are_none(files: dict[str, Any]):
         score.with_inception(*given, str(folder / "samples.json"), splits=3)
     with pytest.raises(ValueError, match="images: expected at least 60 in .*samples.npz, got 57"):
         score.with_inception(*given, str(folder / "moments.npz"), splits=60)
-    with pytest.raises(ValueError, match="inception: expected a safetensors file, got .*none.safetensors"):
+    with pytest.raises(ValueError, match="inception: expected a safetensors, .pt or .pth file, got .*none.safetensors"):
         score.with_inception(given[0], str(folder / "none.safetensors"), str(folder / "moments.npz"), splits=3)
     with pytest.raises(ValueError, match="images: expected an .npz file"):
         score.with_inception(str(folder / "moments.npz"), given[1], given[0], splits=3)
