@@ -18,15 +18,15 @@ _ATTENTION = [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to
 def diffusers_autoencoder(
     arrays: Mapping[str, Any], *, norm_groups: int = 32, dtype: jnp.dtype = jnp.float32
 ) -> Autoencoder:
-    """The autoencoder of these parameters; every size but the groups of its norms is read off the shapes.
+    """Loads an autoencoder. Shapes tell all sizes but the groups of the norms.
 
     Args:
-      arrays: parameter names, old or new, to arrays.
-      norm_groups: 32 in all published ones.
-      dtype: of the computation.
+        arrays: parameter names, old or new, to arrays.
+        norm_groups: groups of channels in each norm; 32 in all published autoencoders.
+        dtype: of the computation.
 
     Raises:
-      ValueError: a parameter is missing, is left over, or has a shape that does not fit.
+        ValueError: names the parameter that is missing, is left over, does not fit, or holds NaN or Inf.
     """
     pattern = re.compile(rf"(\.attentions\.0\.)({'|'.join(_OLD_NAMES)})\.")
     arrays = {

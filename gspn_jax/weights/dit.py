@@ -22,19 +22,19 @@ _BLOCK = [
 
 
 def facebook_dit(arrays: Mapping[str, Any], *, num_heads: int, dtype: jnp.dtype = jnp.float32) -> DiT:
-    """A released DiT or SiT, or any network of its form; every size but the number of heads is read off the shapes.
+    """Loads a DiT or SiT, or any network with its parameters' names. Shapes tell all sizes but the number of heads.
 
     Args:
-      arrays: their parameter names to arrays; of a checkpoint that holds {"ema": ...} too, these are taken.
-      num_heads: of the attention: 16 for XL and L, 12 for B, 6 for S.
-      dtype: of the computation.
+        arrays: the authors' parameter names to arrays, or a checkpoint, as in `nvlabs_classifier`.
+        num_heads: of the attention: 16 for XL and L, 12 for B, 6 for S.
+        dtype: of the computation.
 
     Returns:
-      the network, called on latents (B, H, W, C), timestep (B,) and label (B,); H and W of any size.
+        the network; it takes latents (B, H, W, C), timestep (B,) and label (B,), with H and W of any size.
 
     Raises:
-      ValueError: a parameter is missing, is left over, or has a shape that does not fit; num_heads is no divisor of
-        the width; fixed positions other than sine-cosine ones.
+        ValueError: names the parameter that is missing, is left over, does not fit, or holds NaN or Inf; num_heads
+            does not divide the width; the positions are not sines and cosines.
     """
     arrays = unwrapped(arrays)
     sizes = facebook_dit_sizes(arrays)
@@ -48,10 +48,10 @@ def facebook_dit(arrays: Mapping[str, Any], *, num_heads: int, dtype: jnp.dtype 
 
 
 def facebook_dit_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """num_classes, width, depth, patch, in_channels and mlp_ratio of what `facebook_dit` takes.
+    """Reads num_classes, width, depth, patch, in_channels and mlp_ratio off the arrays for `facebook_dit`.
 
     Raises:
-      ValueError: the parameters that tell them are missing.
+        ValueError: names the parameter that is missing or misshapen.
     """
     arrays = unwrapped(arrays)
     sizes = denoiser_sizes(arrays, blocks="blocks")

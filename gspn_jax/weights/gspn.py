@@ -83,21 +83,21 @@ def nvlabs_classifier(
     global_stages: Sequence[int] = (2, 3),
     dtype: jnp.dtype = jnp.float32,
 ) -> Classifier:
-    """A released GSPN-T, -S or -B, or any network of their form; every size is read off the shapes.
+    """Loads GSPN-T, -S or -B, or any classifier with their parameters' names. Shapes tell all sizes.
 
     Args:
-      arrays: their parameter names to arrays; wrapped as {"model": ...}, and names that start with "module.", are
-        accepted.
-      alignment: "unturned" is what the released parameters were trained with.
-      chunk: lines of a local block.
-      global_stages: stages with global blocks, counted from 0: (2, 3) in T and B, (3,) in S. It cannot be read off.
-      dtype: of the computation.
+        arrays: the authors' parameter names to arrays; a checkpoint around them and names that start with "module."
+            are accepted. Of a checkpoint, the moving averages ("ema") are taken where there are some, else "model".
+        alignment: "unturned" is what the released parameters were trained with.
+        chunk: lines of a local block.
+        global_stages: stages with global blocks, counted from 0: (2, 3) in T and B, (3,) in S. No shape tells them.
+        dtype: of the computation.
 
     Returns:
-      the network, called on normalised images (B, H, W, 3).
+        the network; it takes normalised images (B, H, W, 3).
 
     Raises:
-      ValueError: a parameter is missing, is left over, or has a shape that does not fit.
+        ValueError: names the parameter that is missing, is left over, does not fit, or holds NaN or Inf.
     """
     arrays = unwrapped(arrays)
     sizes = nvlabs_classifier_sizes(arrays)
@@ -110,7 +110,7 @@ def nvlabs_classifier(
 
 
 def nvlabs_classifier_arrays(model: Classifier) -> dict[str, np.ndarray]:
-    """The way back: the parameters of a four-stage classifier with GSPN mixers under the authors' names and shapes."""
+    """The parameters of a classifier with stem stride 4 and GSPN mixers under the authors' names and shapes."""
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     arrays = {}
     for path, name, layout in _classifier_rows([len(stage) for stage in model.stages]):
@@ -146,10 +146,10 @@ def _classifier_rows(depths: Sequence[int]) -> Iterator[tuple[tuple, str, str]]:
 
 
 def nvlabs_classifier_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """num_classes, widths, depths, proxy_rank, expansion and mlp_ratio of what `nvlabs_classifier` takes.
+    """Reads num_classes, widths, depths, proxy_rank, expansion and mlp_ratio off the arrays for `nvlabs_classifier`.
 
     Raises:
-      ValueError: the parameters that tell them are missing.
+        ValueError: names the parameter that is missing or misshapen.
     """
     arrays = unwrapped(arrays)
     stages = block_count(arrays, "layers")
@@ -172,22 +172,21 @@ def nvlabs_generator(
     global_blocks: Sequence[int] = (),
     dtype: jnp.dtype = jnp.float32,
 ) -> Generator:
-    """A released GSPN generator, or any network of its form; every size is read off the shapes.
+    """Loads a GSPN generator, or any network with its parameters' names. Shapes tell all sizes.
 
     Args:
-      arrays: their parameter names to arrays, wrapped or not as in `nvlabs_classifier`; of a checkpoint that holds
-        {"ema": ...} too, these, the moving averages, are taken.
-      alignment: "unturned" is what the released parameters were trained with.
-      chunk: lines of a local block.
-      global_blocks: blocks that propagate globally, counted from 0 in order of execution. None is what the released
-        parameters were trained with: their program means the last two and leaves all blocks local.
-      dtype: of the computation.
+        arrays: the authors' parameter names to arrays, or a checkpoint, as in `nvlabs_classifier`.
+        alignment: "unturned" is what the released parameters were trained with.
+        chunk: lines of a local block.
+        global_blocks: blocks that propagate globally, counted from 0 in order of execution. By default none: the
+            authors' program means the last two, but leaves all blocks local.
+        dtype: of the computation.
 
     Returns:
-      the network, called on latents (B, H, W, 4), timestep (B,) and label (B,).
+        the network; it takes latents (B, H, W, 4), timestep (B,) and label (B,).
 
     Raises:
-      ValueError: a parameter is missing, is left over, or has a shape that does not fit.
+        ValueError: names the parameter that is missing, is left over, does not fit, or holds NaN or Inf.
     """
     arrays = unwrapped(arrays)
     sizes = nvlabs_generator_sizes(arrays)
@@ -209,10 +208,10 @@ def _generator_rows(half: int) -> Iterator[Row]:
 
 
 def nvlabs_generator_sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """num_classes, width, depth, patch, in_channels and proxy_rank of what `nvlabs_generator` takes.
+    """Reads num_classes, width, depth, patch, in_channels and proxy_rank off the arrays for `nvlabs_generator`.
 
     Raises:
-      ValueError: the parameters that tell them are missing.
+        ValueError: names the parameter that is missing or misshapen.
     """
     arrays = unwrapped(arrays)
     sizes = denoiser_sizes(arrays, blocks="in_blocks")

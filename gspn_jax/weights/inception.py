@@ -9,13 +9,13 @@ from gspn_jax.weights.torch_layouts import Row, filled, shape_of, unwrapped
 
 
 def fid_inception(arrays: Mapping[str, Any]) -> Inception:
-    """The network of these parameters, a module from uint8 images to features: see `Inception`.
+    """Loads the Inception-v3 of FID, which takes uint8 images: see `Inception`.
 
     Args:
-      arrays: parameter names to arrays; counters of batches and the bias of the last layer are not used.
+        arrays: parameter names to arrays; counters of batches and the bias of the last layer are not used.
 
     Raises:
-      ValueError: a parameter is missing, is left over, or has a shape that does not fit.
+        ValueError: names the parameter that is missing, is left over, does not fit, or holds NaN or Inf.
     """
     arrays = {
         name: array
