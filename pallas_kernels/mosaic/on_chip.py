@@ -21,7 +21,7 @@ from pallas_kernels.directions import DIRECTIONS
 from pallas_kernels.mosaic import primitives
 from pallas_kernels.mosaic.maps import Given, Made
 from pallas_kernels.mosaic.pipeline import Pipeline, StateLines
-from pallas_kernels.mosaic.propagation import advance, take
+from pallas_kernels.mosaic.propagation import advance
 from pallas_kernels.mosaic.tiles import Tile
 
 
@@ -51,11 +51,11 @@ def propagate_forward(
     def body(launch, *refs):
         refs = list(refs)
         x_ref = refs.pop(0)
-        map_refs = dict(zip(map(id, inputs), take(refs, inputs), strict=True))
-        merge_ref, _, y_ref = take(refs, range(3))
-        h_refs = take(refs, DIRECTIONS if keep else ())
-        _, x_map, y_map = take(refs, range(3))
-        map_scratch = take(refs, sources[0].scratch)
+        map_refs = dict(zip(map(id, inputs), primitives.take(refs, inputs), strict=True))
+        merge_ref, _, y_ref = primitives.take(refs, range(3))
+        h_refs = primitives.take(refs, DIRECTIONS if keep else ())
+        _, x_map, y_map = primitives.take(refs, range(3))
+        map_scratch = primitives.take(refs, sources[0].scratch)
         y_out = refs.pop(0)
         h_out: Any = refs.pop(0) if keep else None
         lines, arrived, x_arrived = refs

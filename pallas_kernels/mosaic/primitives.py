@@ -293,3 +293,10 @@ def full_stores(rows: int, channels: int) -> int:
 def margin(channels: int, dtype: Any) -> int:
     """The least number of pixels by which a copy can be shifted in shared memory: `ALIGNMENT` bytes."""
     return max(1, ALIGNMENT // (channels * jnp.dtype(dtype).itemsize))
+
+
+def take(refs: list[Any], like: Sequence[Any]) -> list[Any]:
+    """Removes the first refs from the list, one for each element of `like`, and returns them."""
+    taken = refs[: len(like)]
+    del refs[: len(like)]
+    return taken

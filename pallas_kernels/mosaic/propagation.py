@@ -8,8 +8,8 @@ Bytes moved per pixel and channel in bfloat16, for all four directions:
     backward: 146 (x, h, the gradient of y, 6 maps and their gradients in each direction, and 26 for the gradient of x).
     If the kernels make the maps (`maps.Made`), they read none: 34, 42 and 98.
 
-Keeping h costs 16 of these bytes and the memory of four maps; computing it again would cost a forward pass of 90 or 42
-bytes. So it is kept, unless the caller uses `jax.checkpoint`. `on_chip` walks small maps in one launch.
+Keeping h costs 16 of these bytes; computing it again costs a forward pass. So it is kept, unless the caller uses
+`jax.checkpoint`. `on_chip` walks small maps in one launch.
 """
 
 from collections.abc import Sequence
@@ -149,11 +149,11 @@ def _direction_forward(
 
     def body(launch, *refs):
         refs = list(refs)
-        tile_refs, map_refs = take(refs, tiles), take(refs, source.inputs)
-        merge_ref, given, y_ref = take(refs, range(3))
+        tile_refs, map_refs = primitives.take(refs, tiles), primitives.take(refs, source.inputs)
+        merge_ref, given, y_ref = primitives.take(refs, range(3))
         h_ref: Any = refs.pop(0) if keep else None
         passed = refs.pop(0)
-        rings, map_scratch = take(refs, tiles), take(refs, source.scratch)
+        rings, map_scratch = primitives.take(refs, tiles), primitives.take(refs, source.scratch)
         y_out = refs.pop(0)
         h_out: Any = refs.pop(0) if keep else None
         lines, arrived, joint = refs
@@ -253,13 +253,13 @@ def _direction_backward(
 
     def body(launch, *refs):
         refs = list(refs)
-        tile_refs, map_refs = take(refs, tiles), take(refs, source.inputs)
-        merge_ref, given, x_grad, sums = take(refs, range(4))
-        w_grad, *map_grads = take(refs, grads)
+        tile_refs, map_refs = primitives.take(refs, tiles), primitives.take(refs, source.inputs)
+        merge_ref, given, x_grad, sums = primitives.take(refs, range(4))
+        w_grad, *map_grads = primitives.take(refs, grads)
         passed = refs.pop(0)
-        rings, map_scratch = take(refs, tiles), take(refs, source.scratch)
-        h_in, x_out, w_out = take(refs, range(3))
-        outs = take(refs, of_maps)
+        rings, map_scratch = primitives.take(refs, tiles), primitives.take(refs, source.scratch)
+        h_in, x_out, w_out = primitives.take(refs, range(3))
+        outs = primitives.take(refs, of_maps)
         lines, arrived, joint = refs
         walk.enter(launch)
         source.enter(map_refs, map_scratch)
@@ -348,10 +348,3 @@ def _direction_backward(
     inputs = (*tiles, *source.inputs, merge)
     walk.run("propagation_backward", body, inputs, [*made, *grads], 3, scratch, interpret)
     return made[0][...], made[1][...]
-
-
-def take(refs: list[Any], like: Sequence[Any]) -> list[Any]:
-    """Removes the first refs from the list, one for each element of `like`, and returns them."""
-    taken = refs[: len(like)]
-    del refs[: len(like)]
-    return taken
