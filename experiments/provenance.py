@@ -1,17 +1,14 @@
 """Says where a result comes from: command, commit, date, hardware, versions, and the hash of parameters."""
 
 import datetime
-import hashlib
 import os
 import pathlib
 import platform
 import re
 import subprocess
 import sys
-from typing import Any
 
 import jax
-import numpy as np
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -50,14 +47,6 @@ def commit() -> str:
         return "uncommitted" if differs else git("rev-parse", "--short", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return "uncommitted"
-
-
-def sha256_of_arrays(tree: Any) -> str:
-    """Returns the hash of all bytes of a tree of host arrays, in order."""
-    total = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        total.update(np.ascontiguousarray(leaf))
-    return total.hexdigest()
 
 
 def hardware() -> str:

@@ -13,8 +13,9 @@ from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
+from gspn_jax.batching import batched
 from gspn_jax.diffusion import Interpolant, SampleNoise, guided, interpolant_samplers, samplers
-from gspn_jax.evaluation.image_archive import Store
+from gspn_jax.evaluation.image_archive import Store, to_pixels
 from gspn_jax.training.checkpoints.fingerprint import sha256_of_arrays
 from gspn_jax.training.sharding import local_mesh, pad_rows, place_batch, replicate
 from gspn_jax.training.state import Parameters
@@ -207,13 +208,8 @@ class ImageSampler:
         batch = pad_rows({"labels": labels.astype(np.int32), "samples": samples.astype(np.int32)}, rows)
         with jax.set_mesh(self._mesh):
             placed = place_batch(batch, self._mesh)
-            drawn, finite = jax.device_get(self._compiled(self._params, placed["labels"], placed["samples"]))
-            if self._decode is not None and finite.all():
-                drawn, finite = self._decoded(drawn)
-        if not finite.all():
-            broken = batch["samples"][~finite][0]
-            raise ValueError(f"parameters: expected finite images, got NaN or Inf in image {broken}")
-        return drawn[: len(samples)]
+            drawn = np.asarray(self._compiled(self._params, placed["labels"], placed["samples"]))[: len(samples)]
+        return to_pixels(drawn if self._decode is None else self._decode(drawn))
 
     def _decoder(self, autoencoder: str, norm_groups: int, space: Any, side: int) -> tuple[Any, int, str]:
         if not autoencoder:
@@ -228,8 +224,11 @@ class ImageSampler:
             )
         if space["autoencoder"] not in ("", digest):
             logging.warning("the latents of training were made by another file than %s", autoencoder)
-        decode = jax.jit(lambda state, latents: _pixels(nnx.merge(graph, state).decode(latents / space["scale"])))
-        return functools.partial(decode, replicate(jax.device_get(state), self._mesh)), model.factor, digest
+
+        def decode(state: Any, latents: jax.Array) -> jax.Array:
+            return nnx.merge(graph, state).decode(latents / space["scale"])
+
+        return batched(decode, jax.device_get(state), _DECODED * self._mesh.size), model.factor, digest
 
     def _check_size(self, params: Parameters) -> None:
         """Raises ValueError for maps that the network does not take, before anything is drawn."""
@@ -240,35 +239,15 @@ class ImageSampler:
         except ValueError as error:
             raise ValueError(f"image_size: {self.shape[0]}, {self.shape[1]}: {error}") from error
 
-    def _draw(self, params: Parameters, labels: jax.Array, samples: jax.Array) -> tuple[jax.Array, jax.Array]:
-        is_pixels = self._decode is None
-        x = draw(
-            self.task, params, labels, samples, self.sampling, shape=self._drawn, clip=1.0 if is_pixels else None,
-            progress=self._advance,
-        )  # fmt: skip
-        return _pixels(x) if is_pixels else (x, _finite(x))
-
-    def _decoded(self, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        assert self._decode is not None
-        size, parts = _DECODED * self._mesh.size, []
-        for start in range(0, len(latents), size):
-            part = pad_rows(latents[start : start + size], size)
-            parts.append(jax.device_get(self._decode(place_batch({"latents": part}, self._mesh)["latents"])))
-        images, finite = (np.concatenate(arrays)[: len(latents)] for arrays in zip(*parts, strict=True))
-        return images, finite
+    def _draw(self, params: Parameters, labels: jax.Array, samples: jax.Array) -> jax.Array:
+        clip = 1.0 if self._decode is None else None  # latents have no bounds
+        return draw(
+            self.task, params, labels, samples, self.sampling, shape=self._drawn, clip=clip, progress=self._advance
+        )
 
     def _advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
-
-
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
-
-
-def _pixels(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(B, H, W, 3) on -1..1 to uint8, and (B,) whether an image is finite."""
-    return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8), _finite(x)
 
 
 def draw_batches(

@@ -7,7 +7,6 @@ from gspn_jax.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from gspn_jax.data.decoding import CorruptImage
 from gspn_jax.data.pipeline import Batches, EvaluationBatches, evaluation_batches, training_batches
 from gspn_jax.data.sources import SOURCES, load
-from gspn_jax.data.sources.image_files import ImageFiles
 from gspn_jax.data.sources.protocol import ArraySource, Dataset, EncodedSource, Latents, LatentSpace, Source
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "Dataset",
     "EncodedSource",
     "EvaluationBatches",
-    "ImageFiles",
     "LatentSpace",
     "Latents",
     "Source",

@@ -75,9 +75,6 @@ def test_special_files_are_refused(tmp_path: Path):
     for name in ("pipe.png", "."):  # reading the pipe would wait for ever
         with pytest.raises(data.CorruptImage, match=r": expected a regular file, got a folder, pipe or device$"):
             read_file(tmp_path / name)
-    batches = data.evaluation_batches(data.ImageFiles([tmp_path / "pipe.png"]), batch_size=1, image_size=8)
-    with pytest.raises(data.CorruptImage, match=r"pipe.png: expected a regular file"):
-        next(batches)
     (tmp_path / "loop.png").symlink_to("loop.png")
     with pytest.raises(data.CorruptImage, match="loop.png: expected a regular file, got a loop of symbolic links"):
         read_file(tmp_path / "loop.png")

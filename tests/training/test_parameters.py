@@ -13,7 +13,7 @@ import pytest
 
 from gspn_jax.training import CheckpointError, load_both, load_parameters, save_parameters
 from gspn_jax.training.checkpoints import record as records
-from gspn_jax.training.checkpoints.fingerprint import finite
+from gspn_jax.training.checkpoints.fingerprint import finite, sha256_of_arrays
 from gspn_jax.training.checkpoints.folder import Checkpoints
 from gspn_jax.training.metrics import read_rows
 from tests.training.toy import digest, toy_train
@@ -109,3 +109,10 @@ def test_json_never_holds_nan(tmp_path: Path):
         toy_train(str(tmp_path / "run"), config={"values": [1.0, float("inf")]})
     assert not (tmp_path / "run").exists()
     assert records.plain({"a": (1, 2.5)}, "x") == {"a": [1, 2.5]}
+
+
+def test_hash_of_arrays_sees_order_and_values():
+    first, second = np.arange(3.0), np.ones(2)
+    known = sha256_of_arrays([first, second])
+    assert known == sha256_of_arrays({"a": first, "b": second})
+    assert known != sha256_of_arrays([second, first]) and len(known) == 64
