@@ -149,7 +149,7 @@ def test_bad_arguments():
         samplers.steps(PROCESS, 1001)
     with pytest.raises(ValueError, match="spacing: expected one of ends, leading, trailing, linspace; got 'even'"):
         samplers.steps(PROCESS, 10, "even")
-    with pytest.raises(ValueError, match=r"noise: expected what to draw of where eta is 0\.5"):
+    with pytest.raises(ValueError, match=r"noise: expected a SampleNoise, since eta is 0\.5"):
         samplers.ddim(noise_of_gaussian, jnp.zeros((1, 1)), samplers.steps(PROCESS, 2), eta=0.5)
     with pytest.raises(ValueError, match="interval: expected a smaller and a larger time"):
         guided(linear_denoiser, jnp.zeros(1, int), scale=2.0, no_class=1, interval=(5, 2))
