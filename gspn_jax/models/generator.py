@@ -199,7 +199,7 @@ class Generator(nnx.Module):
 
 
 def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, channels: int, patch: int) -> None:
-    """Raises ValueError unless latents are (B, H, W, channels) in whole patches, timestep (B,) and label integer (B,)."""
+    """Raises ValueError unless latents are (B, H, W, channels) in whole patches, timestep (B,), label integers (B,)."""
     shape = latents.shape
     if len(shape) != 4 or shape[-1] != channels or min(shape[1:]) < 1 or shape[1] % patch or shape[2] % patch:
         raise ValueError(
@@ -213,7 +213,7 @@ def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, c
 
 
 def _add(residual: jax.Array, hidden: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
-    """Returns residual + hidden in residual's dtype; an image loses hidden with probability `rate` unless key is None."""
+    """Returns residual + hidden in residual's dtype, with stochastic depth of `hidden` unless key is None."""
     hidden = hidden.astype(residual.dtype)
     return residual + (hidden if key is None else layers.drop_path(hidden, rate, key))
 
