@@ -49,7 +49,7 @@ def batched(compute: Callable[[Any, jax.Array], Any], state: Any, batch_size: in
 
 
 def image_encoder(model: Autoencoder, batch_size: int = 64) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Returns the `encode` argument of `gspn_jax.data.encode_dataset`, on the devices of this process.
+    """Returns the `encode` argument of `gspn_jax.data.encoding.encode_dataset`, on the devices of this process.
 
     Args:
         model: the autoencoder.

@@ -1,4 +1,4 @@
-"""Helpers for work that writes a folder piece by piece and resumes after an interruption."""
+"""Resumable work on files: checks of recorded settings, atomic writes, checksums, and barriers between processes."""
 
 import hashlib
 import json

@@ -69,11 +69,15 @@ def test_runs_that_compute_something_else_with_the_same_shapes_are_told_apart():
     assert differences(new_run(theirs), new_run(ours)) == []
     theirs["model"]["options"] |= dict(alignment="unturned", chunk=2, global_blocks=[])
     assert differences(new_run(theirs), new_run(ours)) == [
-        "model.alignment: unturned there, aligned here; --config.model.alignment=unturned computes the same",
-        "model.global_blocks: () there, (55, 56) here; --config.model.global_blocks=() computes the same",
+        "model.alignment: unturned in the source, aligned in this run; "
+        "--config.model.alignment=unturned computes the same",
+        "model.global_blocks: () in the source, (55, 56) in this run; "
+        "--config.model.global_blocks=() computes the same",
     ]
     dit, sit = (new_run(description(generator.get_config(name))) for name in ("dit_b2", "sit_b2"))
-    assert [line.split(";")[0] for line in differences(dit, sit)] == ["objective: ddpm there, linear here"]
+    assert [line.split(";")[0] for line in differences(dit, sit)] == [
+        "objective: ddpm in the source, linear in this run"
+    ]
 
 
 def test_unknown_preset():
