@@ -121,7 +121,7 @@ class Run(abc.ABC):
             For a classifier "top1" and "top5" in percent, "loss" and "images"; for a generator "loss" and "images".
 
         Raises:
-            ValueError: the source has no image, or the loss is NaN or Inf.
+            ValueError: the source has no image, or a classifier's loss is NaN or Inf.
             CorruptImage: an image cannot be decoded and on_corrupt is "stop".
         """
         mesh = make_mesh(MeshOptions())
