@@ -137,7 +137,7 @@ def encode_dataset(
 
 
 class _Part:
-    """Images start to stop - 1 of a source, decoded at full size."""
+    """A source of images start to stop - 1 of another source, decoded at full size."""
 
     def __init__(self, source: Source, start: int, stop: int, exif_rotation: bool):
         self._source, self._start, self._stop, self._exif_rotation = source, start, stop, exif_rotation

@@ -1,4 +1,4 @@
-"""Presets of the classifiers."""
+"""Tests of the classifiers' presets."""
 
 from typing import Any
 

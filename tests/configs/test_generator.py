@@ -1,4 +1,4 @@
-"""Presets of the generators."""
+"""Tests of the generators' presets."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ IMAGES = 1_281_167
 
 
 def description(config: Any) -> dict[str, Any]:
-    """Of a run on ImageNet, or on small images of ten classes."""
+    """Returns the description of a run on ImageNet, or on small images of ten classes."""
     dataset = data.load("fake")
     if config.data.name == "latents":
         names = tuple(map(str, range(1000)))

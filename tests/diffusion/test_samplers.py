@@ -54,7 +54,7 @@ PROCESS = GaussianDiffusion.linear()
 
 
 def noise_of_gaussian(x, timestep):
-    """The expected noise where data are normal of this mean and spread."""
+    """Returns the expected noise for normally distributed data."""
     share = jnp.asarray(PROCESS.alphas_bar, x.dtype)[timestep].reshape(-1, *[1] * (x.ndim - 1))
     variance = share * SPREAD**2 + 1 - share
     return jnp.sqrt(1 - share) / variance * (x - jnp.sqrt(share) * MEAN)
@@ -122,7 +122,7 @@ def test_steps_by_hand():
 
 
 def linear_denoiser(x, time, labels):
-    """Eight channels of x's four, each other by label and time."""
+    """Returns eight channels from x's four; labels and times change each."""
     size = (labels.astype(time.dtype) + 1.0 + time).reshape(-1, 1, 1, 1)
     return jnp.concatenate([x * size, x + size], axis=-1)
 

@@ -18,7 +18,7 @@ _PREFIX = {"train": "train", "test": "t10k"}
 
 
 def fashion_mnist(path: str | None = None) -> Dataset:
-    """Fashion-MNIST: uint8 (28, 28, 3), 10 classes.
+    """Opens Fashion-MNIST: uint8 (28, 28, 3), 10 classes.
 
     Args:
         path: folder of the four idx files (`train-images-idx3-ubyte` and so on, plain or .gz); None for the folder of

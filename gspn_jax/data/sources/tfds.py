@@ -52,7 +52,7 @@ def tfds(
     train_split: str = "train",
     test_split: str | None = None,
 ) -> Dataset:
-    """A dataset prepared by TensorFlow Datasets, in array_record (best) or tfrecord files.
+    """Opens a dataset prepared by TensorFlow Datasets, in array_record (best) or tfrecord files.
 
     Args:
         path: folder of the prepared dataset, with its dataset_info.json, such as DATA_DIR/imagenet2012/5.1.0;
@@ -110,7 +110,7 @@ def _version(name: str) -> tuple[int, ...]:
 
 
 def _records(builder: Any, split: str) -> Any:
-    """Random access to the serialised examples of a split."""
+    """Returns random access to the serialised examples of a split."""
     info = builder.info.splits[split]
     kind = str(getattr(builder.info.file_format, "value", builder.info.file_format))
     if kind == "array_record":
