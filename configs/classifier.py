@@ -7,9 +7,9 @@ preset         data                model      expected top-1                    
 digits         1,437 + 360 (8x8)   gspn_nano  98.6 (355 of 360; seed 0)               1:46 min on two cores of an EPYC
 fashion_mnist  60,000 + 10,000     gspn_nano  not yet measured                        not yet measured
 cifar10        50,000 + 10,000     gspn_nano  63.1 after 4.1 epochs at stem_stride 4  17 min on one core of an EPYC
-gspn_t         ImageNet-1K at 224  gspn_t     83.0 (paper); not yet measured here     300 epochs; not yet measured
-gspn_s         ImageNet-1K at 224  gspn_s     83.8 (paper); not yet measured here     300 epochs; not yet measured
-gspn_b         ImageNet-1K at 224  gspn_b     84.3 (paper); not yet measured here     300 epochs; not yet measured
+gspn_t         ImageNet-1K at 224  gspn_t     83.0 in the paper; not yet reproduced   300 epochs; not yet measured
+gspn_s         ImageNet-1K at 224  gspn_s     83.8 in the paper; not yet reproduced   300 epochs; not yet measured
+gspn_b         ImageNet-1K at 224  gspn_b     84.3 in the paper; not yet reproduced   300 epochs; not yet measured
 
 Further flags that the presets need:
 

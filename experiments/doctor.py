@@ -35,7 +35,7 @@ MOST_HELD_MEMORY = 0.2  # share of a card's memory; JAX reserves 0.75 at its sta
 SLOW_SETTINGS = {
     "JAX_DISABLE_JIT": "nothing is compiled",
     "JAX_ENABLE_X64": "arrays are float64 by default, at a small fraction of the speed",
-    "JAX_DEBUG_NANS": "every operation is checked for NaN, and run again without compilation where there is one",
+    "JAX_DEBUG_NANS": "JAX checks every operation for NaN, and runs it again without compilation if it finds one",
 }
 
 
@@ -71,7 +71,7 @@ def check_versions(machine: Machine) -> list[Finding]:
         if found is None:
             findings.append(Finding(f"{name} is missing. `make venv` installs what requirements.lock names."))
         elif found != version:
-            text = f"{name} is {found}; requirements.txt pins {version}, which is what the tests ran with."
+            text = f"{name} is {found}; requirements.txt pins {version}, the version of the tests."
             findings.append(Finding(text, is_fault=name == "jax"))
     return findings
 
@@ -112,7 +112,7 @@ def _why_no_gpu(machine: Machine, wanted: str) -> str:
         return f"its driver is {driver}, and CUDA 13 needs {OLDEST_CUDA13_DRIVER} or newer."
     if "cuda" in machine.environment.get("LD_LIBRARY_PATH", "").lower():
         return "LD_LIBRARY_PATH puts other CUDA libraries before those that came with JAX; unset it."
-    return "the CUDA plugin is installed and did not start; JAX_PLATFORMS=cuda python -m experiments.doctor says why."
+    return "the CUDA plugin is installed and did not start; for the reason, JAX_PLATFORMS=cuda python -m experiments.doctor."
 
 
 def check_tensorflow(machine: Machine) -> list[Finding]:

@@ -73,7 +73,7 @@ class Batches:
         return {**batch, "replaced": len(corrupt)}
 
     def state(self) -> dict[str, int]:
-        """Returns what `restore` needs, as JSON for a checkpoint: next position, seed, number of samples."""
+        """Returns the state for `restore`, JSON for a checkpoint: next position, seed, number of samples."""
         return {"position": self._position, "seed": self._load.seed, "samples": self._samples}
 
     def restore(self, state: dict[str, int]) -> None:

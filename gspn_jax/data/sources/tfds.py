@@ -56,11 +56,11 @@ def tfds(
 
     Args:
         path: folder of the prepared dataset, with its dataset_info.json, such as DATA_DIR/imagenet2012/5.1.0;
-            DATA_DIR/imagenet2012 is enough and takes the newest version there.
+            DATA_DIR/imagenet2012 takes the newest version in it.
         image_key: name of the image feature.
         label_key: name of the class label feature, which also gives the number of classes and their names.
         train_split: name of the training split.
-        test_split: name of the held-out split; by default "validation" if there is one, else "test".
+        test_split: name of the held-out split; by default "validation" if the dataset has it, else "test".
 
     Raises:
         ValueError: no such folder, split or feature; an empty split; files of another format; truncated files.
