@@ -112,7 +112,7 @@ def _why_no_gpu(machine: Machine, wanted: str) -> str:
         return f"its driver is {driver}, and CUDA 13 needs {OLDEST_CUDA13_DRIVER} or newer."
     if "cuda" in machine.environment.get("LD_LIBRARY_PATH", "").lower():
         return "LD_LIBRARY_PATH puts other CUDA libraries before those that came with JAX; unset it."
-    return "the CUDA plugin is installed and did not start; for the reason, JAX_PLATFORMS=cuda python -m experiments.doctor."
+    return "the CUDA plugin is installed and did not start; run JAX_PLATFORMS=cuda python -m experiments.doctor."
 
 
 def check_tensorflow(machine: Machine) -> list[Finding]:
