@@ -7,20 +7,20 @@ preset         data                model      expected top-1                    
 digits         1,437 + 360 (8x8)   gspn_nano  98.6 (355 of 360; seed 0)               1:46 min on two cores of an EPYC
 fashion_mnist  60,000 + 10,000     gspn_nano  not yet measured                        not yet measured
 cifar10        50,000 + 10,000     gspn_nano  63.1 after 4.1 epochs at stem_stride 4  17 min on one core of an EPYC
-gspn_t         ImageNet-1K at 224  gspn_t     83.0 (paper); not yet measured here     300 epochs; not yet measured
-gspn_s         ImageNet-1K at 224  gspn_s     83.8 (paper); not yet measured here     300 epochs; not yet measured
-gspn_b         ImageNet-1K at 224  gspn_b     84.3 (paper); not yet measured here     300 epochs; not yet measured
+gspn_t         ImageNet-1K at 224  gspn_t     83.0 in the paper; not yet reproduced   300 epochs; not yet measured
+gspn_s         ImageNet-1K at 224  gspn_s     83.8 in the paper; not yet reproduced   300 epochs; not yet measured
+gspn_b         ImageNet-1K at 224  gspn_b     84.3 in the paper; not yet reproduced   300 epochs; not yet measured
 
-What the presets need besides the command above:
+Further flags that the presets need:
 
-    digits         nothing
+    digits         none
     fashion_mnist  Debian's dataset-fashion-mnist, or --config.data.path=FOLDER with the idx files
     cifar10        --config.data.path=cifar10.npz (arrays x_train, y_train, x_test, y_test)
     gspn_t, _s, _b --config.data.path=ROOT with train/CLASS/*.jpg and val/CLASS/*.jpg; or, for a dataset prepared by
                    tensorflow-datasets, --config.data.name=tfds --config.data.path=DATA_DIR/imagenet2012
 
-Any value can be set on the command line, such as --config.optimizer.learning_rate=1e-3. Learning rates are those of a
-batch of 512 images and are scaled with the batch.
+Flags can set any value, such as --config.optimizer.learning_rate=1e-3. Learning rates are given for a batch of 512
+images and scale linearly with the batch size.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ from configs import defaults
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
-# Little data, few pixels, a CPU: float32, light augmentation, a moving average that forgets its start.
+# For little data, few pixels and a CPU: float32, light augmentation, a moving average with a warm-up.
 _SMALL_IMAGES = {
     "model.name": "gspn_nano",
     "model.dtype": "float32",
@@ -101,15 +101,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def get_config(preset: str = "digits") -> Any:
-    """Returns the configuration of a preset, a ConfigDict, locked: a key that does not exist cannot be set.
+    """Returns the configuration of a preset, a locked ConfigDict, which refuses unknown keys.
 
     Raises:
-        ValueError: unknown preset.
+        ValueError: an unknown preset.
     """
     return defaults.preset_of(_defaults(), PRESETS, preset)
 
 
 def _defaults() -> Any:
+    """Returns the values of classification that presets override."""
     config = defaults.shared()
     config.task = "classification"
     config.batch_size = 2048  # images per optimiser step, over all devices
@@ -119,10 +120,10 @@ def _defaults() -> Any:
             "name": "gspn_t",
             "mixer": "gspn",  # or "attention"
             "drop_path": 0.0,
-            "dtype": "bfloat16",  # of the computation; parameters are float32
+            "dtype": "bfloat16",  # dtype of the computation; parameters are float32
             "remat": False,  # recomputes blocks in the backward pass instead of keeping their inner maps
             "activation": "none",  # between depthwise convolution and propagation; or "silu"
-            # Unless set, the model's preset decides.
+            # The model's preset supplies these unless they are set.
             "widths": placeholder(tuple),
             "depths": placeholder(tuple),
             "global_stages": placeholder(tuple),
@@ -130,14 +131,14 @@ def _defaults() -> Any:
             "expansion": placeholder(float),
             "mlp_ratio": placeholder(float),
             "stem_stride": placeholder(int),
-            # Options of the GSPN mixer; unless set, its own defaults.
+            # Options of the GSPN mixer, which supplies the defaults.
             "alignment": placeholder(str),  # "aligned" or "unturned"
             "proxy_rank": placeholder(int),
             "weight_channels": placeholder(int),
             "propagation_channels": placeholder(int),
-            "implementation": placeholder(str),  # of the propagation; unless set, the fastest that can run
-            "variant": placeholder(str),  # of its kernels; unless set, the cheapest by their table
-            "keep_states": placeholder(bool),  # of the propagation, for its gradient (the default); or recompute them
+            "implementation": placeholder(str),  # of the propagation; default: the fastest that can run
+            "variant": placeholder(str),  # of its Mosaic kernels; default: the fastest by their table
+            "keep_states": placeholder(bool),  # keeps hidden states for the gradient (default), or recomputes them
         }
     )
     config.data.update({"name": "image_folder", "image_size": 224})
@@ -153,7 +154,7 @@ def _defaults() -> Any:
             "randaugment_std": 0.5,
             "randaugment_increasing": True,
             "randaugment_ops": 2,
-            "color_jitter": 0.4,  # only where RandAugment is off
+            "color_jitter": 0.4,  # used only if RandAugment is off
             "erasing": 0.25,
         }
     )

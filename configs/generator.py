@@ -16,13 +16,15 @@ dit_b2    the same               DiT-B/2; dit_l2, dit_xl2          dit_xl2: FID 
 sit_b2    the same               SiT-B/2: DiT-B/2 as a linear      sit_xl2: FID 18.04 (GSPN paper);      not measured
                                  interpolant; sit_l2, sit_xl2      not yet run
 
-cifar10 needs --config.data.path=cifar10.npz (arrays x_train, y_train, x_test, y_test). The presets of ImageNet need
---config.data.path=LATENTS, a folder that `python -m experiments.encode_latents` wrote. They train as DiT and SiT do: 80
-epochs of batches of 256 are 400,000 steps. GSPN's stochastic depth is that of its authors. Learning rates are given for
-a batch of 512 images and scale with the batch. The authors of GSPN trained 1,024 images at a rate of 1e-4:
---config.batch_size=1024 --config.optimizer.learning_rate=5e-5 --config.epochs=1500
---config.optimizer.min_learning_rate=5e-7 --config.optimizer.warmup_epochs=5. Any value can be set on the command line:
---config.objective=gvp trains the same network as another interpolant, --config.model.name=dit_s2 another network,
+Further flags that the presets need: cifar10 takes --config.data.path=cifar10.npz (arrays x_train, y_train, x_test,
+y_test); the ImageNet presets take --config.data.path=LATENTS, a folder written by `python -m
+experiments.encode_latents`. They train as DiT and SiT do: 80 epochs with a batch of 256, which are 400,000 steps.
+GSPN's stochastic depth is its authors' value.
+
+Learning rates are given for a batch of 512 images and scale linearly with the batch size. GSPN's authors trained with a
+batch of 1,024 at 1e-4: --config.batch_size=1024 --config.optimizer.learning_rate=5e-5 --config.epochs=1500
+--config.optimizer.min_learning_rate=5e-7 --config.optimizer.warmup_epochs=5. Flags can set any value:
+--config.objective=gvp trains the network as another interpolant, --config.model.name=dit_s2 trains another network,
 --config.model.remat=True saves memory.
 """
 
@@ -71,15 +73,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def get_config(preset: str = "digits") -> Any:
-    """Returns the configuration of a preset, a ConfigDict, locked: a key that does not exist cannot be set.
+    """Returns the configuration of a preset, a locked ConfigDict, which refuses unknown keys.
 
     Raises:
-        ValueError: unknown preset.
+        ValueError: an unknown preset.
     """
     return defaults.preset_of(_defaults(), PRESETS, preset)
 
 
 def _defaults() -> Any:
+    """Returns the values of generation that presets override."""
     config = defaults.shared()
     config.task = "generation"
     config.batch_size = 256  # images per optimiser step, over all devices
@@ -89,10 +92,10 @@ def _defaults() -> Any:
     config.model = ConfigDict(
         {
             "name": "gspn_s2",  # or dit_s2, ...
-            "mixer": placeholder(str),  # "gspn" or "attention"; unless set, the model's preset decides
-            "dtype": "bfloat16",  # of the computation; parameters are float32
+            "mixer": placeholder(str),  # "gspn" or "attention"; default: the mixer of the model's preset
+            "dtype": "bfloat16",  # dtype of the computation; parameters are float32
             "remat": False,  # recomputes blocks in the backward pass instead of keeping their inner maps
-            # Unless set, the model's preset decides.
+            # The model's preset supplies these unless they are set.
             "width": placeholder(int),
             "depth": placeholder(int),
             "patch": placeholder(int),
@@ -100,19 +103,19 @@ def _defaults() -> Any:
             "chunk": placeholder(int),
             "global_blocks": placeholder(tuple),
             "num_heads": placeholder(int),
-            # Options of the GSPN mixer; unless set, its own defaults.
+            # Options of the GSPN mixer, which supplies the defaults.
             "alignment": placeholder(str),  # "aligned" or "unturned"
             "proxy_rank": placeholder(int),
-            "implementation": placeholder(str),  # of the propagation; unless set, the fastest that can run
-            "variant": placeholder(str),  # of its kernels; unless set, the cheapest by their table
-            "keep_states": placeholder(bool),  # of the propagation, for its gradient (the default); or recompute them
+            "implementation": placeholder(str),  # of the propagation; default: the fastest that can run
+            "variant": placeholder(str),  # of its Mosaic kernels; default: the fastest by their table
+            "keep_states": placeholder(bool),  # keeps hidden states for the gradient (default), or recomputes them
         }
     )
     config.data.update({"name": "npz", "image_size": 32})
     config.augmentation = ConfigDict({"crop": "none", "flip": True})
     config.optimizer.update(
         {
-            "learning_rate": 2e-4,  # of a batch of 512: 1e-4 of 256
+            "learning_rate": 2e-4,  # for a batch of 512, which is 1e-4 for a batch of 256
             "warmup_learning_rate": 0.0,
             "min_learning_rate": 2e-4,
             "warmup_epochs": 0.0,

@@ -1,9 +1,10 @@
-"""What this machine will run, and the usual reasons why it is not what one expected.
+"""Diagnoses this machine: which backend and kernels run, and the usual reasons for a wrong or slow one.
 
     python -m experiments.doctor --model=gspn_t --image_size=224
 
-Prints the versions, the backend, the devices and what each propagation of the model runs on, then the faults found;
-with --assume_h200 what it would run on with such a card. Exit code 1 if there is one; a note alone leaves it 0.
+Prints the versions, the backend, the devices and the implementation of each propagation in the model, then the faults.
+--assume_h200 prints the implementations for an NVIDIA H200. The exit code is 1 if there is a fault; notes do not
+change it.
 """
 
 import contextlib
@@ -29,24 +30,30 @@ from experiments.machine import Machine, observe
 
 CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 OLDEST_CUDA13_DRIVER = 580  # major version of the first driver that runs CUDA 13
-LEAST_FREE_DISK = 5.0  # GiB: a few checkpoints of the largest classifier with their optimizer state
-MOST_HELD_MEMORY = 0.2  # share of a card; JAX asks for 0.75 when it starts and needs some room beside it
+LEAST_FREE_DISK = 5.0  # GiB: room for a few checkpoints of the largest classifier with their optimizer state
+MOST_HELD_MEMORY = 0.2  # share of a card's memory; JAX reserves 0.75 at its start and needs some room beside it
 SLOW_SETTINGS = {
     "JAX_DISABLE_JIT": "nothing is compiled",
     "JAX_ENABLE_X64": "arrays are float64 by default, at a small fraction of the speed",
-    "JAX_DEBUG_NANS": "every operation is checked for NaN, and run again without compilation where there is one",
+    "JAX_DEBUG_NANS": "JAX checks every operation for NaN, and runs it again without compilation if it finds one",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What is wrong and what to do; a note is worth knowing but stops nothing."""
+    """A fault or a note.
+
+    Attributes:
+        text: the observation, and what to do about it.
+        is_fault: False for a note, which does not change the exit code.
+    """
 
     text: str
     is_fault: bool = True
 
 
 def check_python(machine: Machine) -> list[Finding]:
+    """Finds a Python version that the pinned libraries do not support."""
     if (3, 12) <= machine.python <= (3, 13):
         return []
     version = ".".join(map(str, machine.python))
@@ -54,6 +61,7 @@ def check_python(machine: Machine) -> list[Finding]:
 
 
 def check_versions(machine: Machine) -> list[Finding]:
+    """Finds libraries that are missing or whose versions differ from the pinned ones."""
     findings = []
     jax_version, jaxlib = machine.installed.get("jax"), machine.installed.get("jaxlib")
     if jax_version != jaxlib:
@@ -63,13 +71,13 @@ def check_versions(machine: Machine) -> list[Finding]:
         if found is None:
             findings.append(Finding(f"{name} is missing. `make venv` installs what requirements.lock names."))
         elif found != version:
-            text = f"{name} is {found}; requirements.txt pins {version}, which is what the tests ran with."
+            text = f"{name} is {found}; requirements.txt pins {version}, the version of the tests."
             findings.append(Finding(text, is_fault=name == "jax"))
     return findings
 
 
 def check_backend(machine: Machine) -> list[Finding]:
-    """No backend at all, or the CPU although there is an NVIDIA GPU; with the first reason that explains it."""
+    """Finds a missing backend, or the CPU backend on a machine with an NVIDIA GPU, and the first reason for it."""
     wanted = machine.environment.get("JAX_PLATFORMS", "")
     if machine.backend == "cpu" and not machine.cards:
         return []
@@ -83,10 +91,11 @@ def check_backend(machine: Machine) -> list[Finding]:
 
 
 def _why_no_gpu(machine: Machine, wanted: str) -> str:
+    """Returns the reason why JAX does not use a GPU; `wanted` is the value of JAX_PLATFORMS."""
     if wanted and not {"cuda", "gpu"} & set(wanted.split(",")):
         return f"the environment sets JAX_PLATFORMS={wanted}; unset it."
     if not machine.cards:
-        return f"JAX_PLATFORMS={wanted} asks for a GPU and no NVIDIA GPU is visible here."
+        return f"JAX_PLATFORMS={wanted} asks for a GPU and no NVIDIA GPU is visible."
     visible = machine.environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return f"the environment hides it, CUDA_VISIBLE_DEVICES={visible!r}; unset it."
@@ -103,10 +112,11 @@ def _why_no_gpu(machine: Machine, wanted: str) -> str:
         return f"its driver is {driver}, and CUDA 13 needs {OLDEST_CUDA13_DRIVER} or newer."
     if "cuda" in machine.environment.get("LD_LIBRARY_PATH", "").lower():
         return "LD_LIBRARY_PATH puts other CUDA libraries before those that came with JAX; unset it."
-    return "the CUDA plugin is installed and did not start; JAX_PLATFORMS=cuda python -m experiments.doctor says why."
+    return "the CUDA plugin is installed and did not start; run JAX_PLATFORMS=cuda python -m experiments.doctor."
 
 
 def check_tensorflow(machine: Machine) -> list[Finding]:
+    """Finds a TensorFlow that can take the GPU's memory."""
     holders = [name for name in ("tensorflow", "tf-nightly", "tensorflow-gpu") if name in machine.installed]
     if not holders or not machine.cards:
         return []
@@ -119,6 +129,7 @@ def check_tensorflow(machine: Machine) -> list[Finding]:
 
 
 def check_gpu_memory(machine: Machine) -> list[Finding]:
+    """Finds cards whose memory other processes hold, and allocator settings that limit JAX."""
     findings = [
         Finding(
             f"{card.used:.0f} of {card.total:.0f} MiB of {card.name} (card {index}) are held by other processes; "
@@ -128,15 +139,16 @@ def check_gpu_memory(machine: Machine) -> list[Finding]:
         if card.total and card.used / card.total > MOST_HELD_MEMORY
     ]
     if machine.cards and machine.environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0"):
-        text = "XLA_PYTHON_CLIENT_PREALLOCATE is off: memory is taken piece by piece and the largest runs may not fit."
+        text = "XLA_PYTHON_CLIENT_PREALLOCATE is off: JAX allocates piece by piece, and the largest runs may not fit."
         findings.append(Finding(text, is_fault=False))
     if machine.cards and machine.environment.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
-        text = "XLA_PYTHON_CLIENT_ALLOCATOR=platform: every buffer is asked of the driver, which is slow."
+        text = "XLA_PYTHON_CLIENT_ALLOCATOR=platform: the driver allocates every buffer, which is slow."
         findings.append(Finding(text))
     return findings
 
 
 def check_settings(machine: Machine) -> list[Finding]:
+    """Finds settings of JAX that slow programs down or hide a GPU."""
     findings = []
     for name, effect in SLOW_SETTINGS.items():
         value = machine.environment.get(name, "").lower()
@@ -145,14 +157,16 @@ def check_settings(machine: Machine) -> list[Finding]:
     if machine.x64 and not any("JAX_ENABLE_X64" in finding.text for finding in findings):
         findings.append(Finding(f"jax_enable_x64 is on: {SLOW_SETTINGS['JAX_ENABLE_X64']}."))
     if machine.environment.get("JAX_PLATFORMS") == "cpu" and not machine.cards:
-        findings.append(Finding("JAX_PLATFORMS=cpu is set: a GPU that comes later would not be used.", is_fault=False))
+        findings.append(Finding("JAX_PLATFORMS=cpu is set: JAX would not use a GPU added later.", is_fault=False))
     return findings
 
 
 def check_disk(machine: Machine) -> list[Finding]:
+    """Finds a disk with too little room for checkpoints."""
     if machine.free_disk >= LEAST_FREE_DISK:
         return []
-    return [Finding(f"{machine.free_disk:.1f} GiB of disk are free here; checkpoints want {LEAST_FREE_DISK:.0f}.")]
+    text = f"{machine.free_disk:.1f} GiB of disk are free in this folder; checkpoints need {LEAST_FREE_DISK:.0f}."
+    return [Finding(text)]
 
 
 CHECKS = (
@@ -167,7 +181,7 @@ CHECKS = (
 
 
 def describe_devices() -> list[str]:
-    """One line for each device of this process: kind, compute capability and memory where it has them."""
+    """Returns one line for each device of this process: kind and, if known, compute capability and memory."""
     lines = []
     for device in jax.local_devices():
         words = [f"{device.id}: {device.device_kind}"]
@@ -184,7 +198,18 @@ def describe_devices() -> list[str]:
 def describe_model(
     name: str, image_size: int, batch_size: int, dtype: str = "bfloat16", assume_h200: bool = False
 ) -> list[Finding]:
-    """Prints one line for each propagation of the model, from shapes alone: no parameter is made."""
+    """Prints the implementation of each propagation in the model; the model is traced, not built.
+
+    Args:
+        name: a preset.
+        image_size: side of the images in pixels; generators get latents of 1/8 of it.
+        batch_size: images at a time.
+        dtype: dtype of the computation.
+        assume_h200: describes the choice for an NVIDIA H200 instead of this machine.
+
+    Returns:
+        Faults that keep the model from being described.
+    """
     try:
         from flax import nnx
 
@@ -213,7 +238,13 @@ def describe_model(
 def report(
     machine: Machine, model: str, image_size: int, batch_size: int, dtype: str = "bfloat16", assume_h200: bool = False
 ) -> int:
-    """Prints what there is and what is wrong with it; returns the number of faults."""
+    """Prints the state of the machine and its faults; returns the number of faults.
+
+    Args:
+        machine: see `observe`.
+        model: a preset, or "" to skip the model's description.
+        image_size, batch_size, dtype, assume_h200: see `describe_model`.
+    """
     python = ".".join(map(str, machine.python))
     print(f"Python {python} on {platform.platform()}, {os.cpu_count()} CPU cores, {machine.free_disk:.0f} GiB free")
     print("Libraries: " + ", ".join(f"{name} {machine.installed.get(name, 'missing')}" for name in machine.pinned))
@@ -237,7 +268,7 @@ def define_flags() -> None:
     flags.DEFINE_string("model", "gspn_t", "Model whose layers are listed; empty for none.")
     flags.DEFINE_integer("image_size", 224, "Height and width of the model's images, in pixels.", 1)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Dtype that the model computes in.")
-    flags.DEFINE_bool("assume_h200", False, "Lists what the layers would run on with an NVIDIA H200.")
+    flags.DEFINE_bool("assume_h200", False, "Lists the implementations for an NVIDIA H200.")
     flags.DEFINE_integer("batch_size", 128, "Images at a time.", 1)
 
 

@@ -1,8 +1,8 @@
-"""Evaluates a trained or converted run: its parameters, and their moving average where it keeps one.
+"""Evaluates the parameters of a trained or converted run, and their moving average if the run keeps one.
 
     python -m experiments.evaluate --workdir=runs/digits [--step=400] [--data_path=...]
 
-Prints top-1 and top-5 accuracy, or the losses of a generator, and writes them to `<workdir>/evaluation.json`. Uses all
+Prints top-1 and top-5 accuracy, or a generator's losses, and writes them to `<workdir>/evaluation.json`. Uses all
 devices.
 """
 
@@ -31,20 +31,21 @@ def run(
     """Evaluates one checkpoint.
 
     Args:
-        workdir: of a run, or of converted weights.
-        step: None for the newest good checkpoint.
-        batch_size: images at a time, over all devices; 0 takes that of the training, or 128.
+        workdir: folder of a run or of converted weights.
+        step: step of the checkpoint; None takes the newest good one.
+        batch_size: images at a time, over all devices; 0 takes the batch size of training, or 128.
         num_threads: threads that read images.
-        on_corrupt: "stop" or "drop" (and count) images that cannot be read; None does as the run did, or stops.
-        data_changes: name, path, image_size, resize other than those of the run; None and "" change nothing. Another
-            image_size without a resize takes the resize that goes with it.
+        on_corrupt: "stop" raises an error for images that cannot be decoded, "drop" leaves them out; None takes the
+            run's setting, or "stop".
+        data_changes: name, path, image_size and resize that replace the run's values; None and "" keep them. A new
+            image_size without resize sets resize to 0, which is image_size / 0.875.
 
     Returns:
-        workdir, step, data and the numbers of the evaluation, those of the moving average with the prefix `ema_`; and
-        the lines to print.
+        A dict with workdir, step, data and the numbers of the evaluation, in which `ema_` marks those of the moving
+        average; and the lines to print.
 
     Raises:
-        ValueError, OSError, CheckpointError: in one line, what is wrong.
+        ValueError, OSError, CheckpointError: the message is one line.
     """
     loaded = load_run(workdir, step=step, parameters="raw")
     changes = {name: value for name, value in data_changes.items() if value not in (None, "")}
@@ -71,15 +72,15 @@ def run(
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
-    flags.DEFINE_integer("batch_size", 0, "Images at a time; 0: that of the training, or 128.")
+    flags.DEFINE_string("workdir", None, "Folder of a run or of converted weights.", required=True)
+    flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest good one.")
+    flags.DEFINE_integer("batch_size", 0, "Images at a time; 0: the batch size of training, or 128.")
     flags.DEFINE_integer("num_threads", 8, "Threads that read images.")
-    flags.DEFINE_enum("on_corrupt", None, ["stop", "drop"], "Images that cannot be read; by default as the run did.")
-    flags.DEFINE_string("data_name", None, "Dataset other than that of the run.")
-    flags.DEFINE_string("data_path", None, "Where the data is, if elsewhere than in the run.")
-    flags.DEFINE_integer("image_size", None, "Side of the images, if another than in the run.")
-    flags.DEFINE_integer("resize", None, "Short side before the centre crop; 0: image size / 0.875.")
+    flags.DEFINE_enum("on_corrupt", None, ["stop", "drop"], "For damaged images; by default the run's setting.")
+    flags.DEFINE_string("data_name", None, "Dataset; by default the run's.")
+    flags.DEFINE_string("data_path", None, "Path of the data; by default the run's.")
+    flags.DEFINE_integer("image_size", None, "Side of the images in pixels; by default the run's.")
+    flags.DEFINE_integer("resize", None, "Short side before the centre crop; 0: image_size / 0.875.")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What there is on this machine, as `experiments.doctor` judges it: cards, versions, settings, room."""
+"""Collects the facts about this machine that `experiments.doctor` checks: cards, versions, settings, free disk."""
 
 import dataclasses
 import importlib.metadata
@@ -16,7 +16,14 @@ REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """An NVIDIA GPU as its driver reports it. Memory in MiB, before JAX took its own."""
+    """An NVIDIA GPU, as its driver reports it.
+
+    Attributes:
+        name: name of the product.
+        used: memory that processes hold, in MiB, before JAX starts.
+        total: memory of the card in MiB; 0 if unknown.
+        driver: version of the driver, "" if unknown.
+    """
 
     name: str
     used: float = 0.0
@@ -26,32 +33,45 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """All that the checks look at."""
+    """The facts that the checks read.
+
+    Attributes:
+        python: version of Python.
+        environment: environment variables.
+        installed: version of each installed distribution.
+        pinned: version of each distribution that requirements.txt pins.
+        cards: NVIDIA GPUs.
+        backend: JAX's backend, "" if none started.
+        backend_error: the error of a backend that did not start.
+        free_disk: free room in the working folder, in GiB.
+        x64: whether jax_enable_x64 is on.
+    """
 
     python: tuple[int, int]
     environment: Mapping[str, str]
-    installed: Mapping[str, str]  # distribution: version
+    installed: Mapping[str, str]
     pinned: Mapping[str, str]
     cards: tuple[Card, ...]
-    backend: str  # "" if none started
+    backend: str
     backend_error: str
-    free_disk: float  # GiB, of the folder that the command runs in
+    free_disk: float
     x64: bool
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    """Distribution: version, of the lines name==version of a requirements file."""
+    """Returns {distribution: version} from the lines name==version of a requirements file."""
     lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
     return {name: version for name, found, version in (line.partition("==") for line in lines) if found}
 
 
 def installed_versions() -> dict[str, str]:
+    """Returns {distribution: version} of this Python, with names in lower case and hyphens."""
     found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     return {name.lower().replace("_", "-"): version for name, version in found.items() if name}
 
 
 def find_cards(root: Path = Path("/")) -> tuple[Card, ...]:
-    """The NVIDIA GPUs here, by nvidia-smi, or by the driver's own files below `root` where that is missing."""
+    """Returns the NVIDIA GPUs that nvidia-smi lists or, without nvidia-smi, the driver's files below `root` show."""
     query = ["nvidia-smi", "--query-gpu=name,memory.used,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
@@ -65,7 +85,7 @@ def find_cards(root: Path = Path("/")) -> tuple[Card, ...]:
 
 
 def _number(text: str) -> float:
-    """Cards that share their memory with the CPU answer [N/A]."""
+    """Returns a number of nvidia-smi, or 0 for [N/A], the answer of cards that share their memory with the CPU."""
     try:
         return float(text)
     except ValueError:
@@ -73,7 +93,7 @@ def _number(text: str) -> float:
 
 
 def observe() -> Machine:
-    """Looks at this machine. Starts JAX's backend, after the cards were asked for the memory that others hold."""
+    """Collects the facts; starts JAX's backend after it has read the memory that other processes hold."""
     cards = find_cards()
     backend, error = "", ""
     try:

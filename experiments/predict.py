@@ -1,6 +1,8 @@
-"""Prints the most probable classes of images. Photographs are turned upright by their EXIF data.
+"""Prints the most probable classes of images.
 
-python -m experiments.predict --workdir=runs/digits image.png [more.jpg ...]
+    python -m experiments.predict --workdir=runs/digits image.png [more.jpg ...]
+
+Photographs are turned upright by their EXIF data.
 """
 
 from collections.abc import Sequence
@@ -12,9 +14,9 @@ from gspn_jax import load_run
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
-    flags.DEFINE_integer("top", 5, "How many classes to show.")
+    flags.DEFINE_string("workdir", None, "Folder of a run or of converted weights.", required=True)
+    flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest good one.")
+    flags.DEFINE_integer("top", 5, "Number of classes to print for each image.")
 
 
 def main(paths: Sequence[str]) -> None:

@@ -4,10 +4,10 @@
     python -m experiments.sample --workdir=... --classes=3,7 --count=64 --guidance=1.5 --sampler=ddim --num_steps=50
     python -m experiments.sample --workdir=runs/gspn_xl2 --autoencoder=vae.safetensors --count=50000 --npz=samples.npz
 
-Writes a grid as PNG and, with --npz, all images as `arr_0` uint8 (N, H, W, 3) and their labels as `arr_1`, as the
-reference evaluator of FID takes them, and beside it samples.json: how they were made. Batches are kept in a folder
-until all are there: the same command goes on where it was interrupted, and several processes share the work. An image
-depends on the seed and its number only, not on the batch, the process or the device.
+Writes a grid of images. With --npz, it also writes all images as `arr_0` uint8 (N, H, W, 3) and their labels as
+`arr_1`, the format of the reference evaluator of FID, and their settings to a .json file beside it. A folder holds the
+batches until all are drawn: the same command resumes after an interruption, and several processes share the work. An
+image depends only on the seed and its number, not on the batch, the process or the device.
 """
 
 import os
@@ -24,26 +24,26 @@ from experiments.figures.batch import contact_sheet
 from gspn_jax import load_run
 from gspn_jax.sampling import NOISE_SAMPLERS, VELOCITY_SAMPLERS, Sampling, draw_archive, draw_batches
 
-SHOWN = 100  # images of a grid
+SHOWN = 100  # most images in a grid
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Folder of the run, or of converted parameters.", required=True)
-    flags.DEFINE_string("output", "samples.png", "The grid to write.")
-    flags.DEFINE_string("npz", "", "File for all images and labels.")
-    flags.DEFINE_list("classes", [], "Labels, used in turn; by default all.")
+    flags.DEFINE_string("workdir", None, "Folder of a run or of converted weights.", required=True)
+    flags.DEFINE_string("output", "samples.png", "Image file for the grid.")
+    flags.DEFINE_string("npz", "", "FILE.npz for all images and labels.")
+    flags.DEFINE_list("classes", [], "Labels, used in turn; by default all classes.")
     flags.DEFINE_integer("count", SHOWN, f"Number of images; more than {SHOWN} need --npz.")
-    flags.DEFINE_string("sampler", "", f"{', '.join(NOISE_SAMPLERS)}; of interpolants {', '.join(VELOCITY_SAMPLERS)}.")
-    flags.DEFINE_integer("num_steps", 0, "Steps of the sampler; 0: 250, or 25 of Heun's method.")
-    flags.DEFINE_float("guidance", 1.0, "Scale of classifier-free guidance; 1 for none.")
+    flags.DEFINE_string("sampler", "", f"{', '.join(NOISE_SAMPLERS)}; interpolants: {', '.join(VELOCITY_SAMPLERS)}.")
+    flags.DEFINE_integer("num_steps", 0, "Steps of the sampler; 0: 250, or 25 for heun.")
+    flags.DEFINE_float("guidance", 1.0, "Scale of classifier-free guidance; 1: no guidance.")
     flags.DEFINE_list("interval", [], "FROM,TO: times between which guidance acts; by default always.")
-    flags.DEFINE_integer("guided_channels", None, "Guides the first channels only; 3 as DiT's program does.")
-    flags.DEFINE_list("image_size", [], "SIDE or HEIGHT,WIDTH in pixels; by default as in training.")
-    flags.DEFINE_string("autoencoder", "", "File of the autoencoder that decodes latents.")
+    flags.DEFINE_integer("guided_channels", None, "Guides only the first channels; DiT's program guides 3.")
+    flags.DEFINE_list("image_size", [], "SIDE or HEIGHT,WIDTH in pixels; by default the size of training.")
+    flags.DEFINE_string("autoencoder", "", "File of the autoencoder, for generators of latents.")
     flags.DEFINE_integer("norm_groups", 32, "Groups of the autoencoder's norms.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_integer("batch_size", 100, "Images at a time, on the devices of a process.", lower_bound=1)
-    flags.DEFINE_integer("step", None, "Checkpoint; by default the newest good one.")
+    flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest good one.")
     flags.DEFINE_bool("ema", True, "Uses the moving average of the parameters.")
 
 
@@ -88,15 +88,16 @@ def main() -> None:
 
 
 def check_output(path: str) -> None:
-    """Raises ValueError, before anything is drawn, for a file that a picture cannot be written to."""
+    """Raises ValueError unless an image can be written to `path`; called before drawing."""
     output = Path(path)
     if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output: expected the name of a picture, such as samples.png, got {path}")
+        raise ValueError(f"output: expected the name of an image file, such as samples.png, got {path}")
     if not output.absolute().parent.is_dir() or not os.access(output.absolute().parent, os.W_OK):
         raise ValueError(f"output: expected a file in a folder that can be written to, got {path}")
 
 
 def _interval(words: Sequence[str]) -> tuple[float, float] | None:
+    """Returns the interval of guidance, None if the flag is empty; ValueError unless it has two numbers."""
     if not words:
         return None
     try:

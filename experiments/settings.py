@@ -1,4 +1,4 @@
-"""From a configuration (ConfigDict) to what the library takes: a run's description and the options of its parts."""
+"""Converts a configuration (ConfigDict) to the library's arguments: a run's description and option dataclasses."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from gspn_jax.runs import Run, RunDescription, new_run
 from gspn_jax.runs.generation import describe_input
 from gspn_jax.training import MeshOptions, MixingOptions, OptimizerOptions, TrainOptions
 
-# What may change when a run is continued: it changes nothing but rounding, or is a remedy when a kernel misbehaves.
+# Keys that may change when a run is resumed. They affect at most rounding, or are remedies for a faulty kernel.
 FREE_KEYS = (
     "compilation_cache",
     "data.num_threads",
@@ -29,7 +29,11 @@ FREE_KEYS = (
 
 
 def make_run(config: Any, dataset: data.Dataset) -> Run:
-    """Returns the run that a configuration describes, without parameters.
+    """Returns a configuration's run, without parameters.
+
+    Args:
+        config: the configuration.
+        dataset: the training data.
 
     Raises:
         ValueError: an unknown task, or data that the task cannot use.
@@ -38,7 +42,7 @@ def make_run(config: Any, dataset: data.Dataset) -> Run:
 
 
 def describe(config: Any, dataset: data.Dataset) -> RunDescription:
-    """Returns what a run is, as JSON; ValueError for data that the task cannot use."""
+    """Returns the description of a configuration's run; ValueError for data that the task cannot use."""
     values = config.to_dict()
     options = {key: value for key, value in values["model"].items() if value is not None}
     name = options.pop("name")
@@ -68,7 +72,7 @@ def _value(values: dict[str, Any], key: str) -> Any:
 
 
 def task_options(config: Any) -> dict[str, Any]:
-    """Returns the options of a task that only matter while training."""
+    """Returns the options of a task that only training uses."""
     return {"mixing": MixingOptions(**config.mixing.to_dict())} if "mixing" in config else {}
 
 
@@ -90,14 +94,24 @@ def training_batches(config: Any, source: data.Source | data.Latents) -> data.Ba
 
 
 def steps_per_epoch(config: Any, source: data.Source | data.Latents) -> int:
-    """Returns the optimiser steps that see about as many images as there are."""
+    """Returns the optimiser steps of an epoch, rounded down but at least 1."""
     return max(1, len(source) // max(1, config.batch_size))
 
 
 def train_options(config: Any, epoch: int, workdir: str) -> TrainOptions:
-    """Returns the options of the training loop. epoch: optimiser steps per epoch."""
+    """Returns the options of the training loop.
+
+    Args:
+        config: the configuration.
+        epoch: optimiser steps per epoch.
+        workdir: folder of checkpoints, metrics and events.
+
+    Raises:
+        ValueError: a number out of range.
+    """
 
     def interval(name: str) -> int:
+        """Returns an interval of the configuration in optimiser steps; 0 switches it off."""
         epochs = config.intervals[name]
         if not 0 <= epochs < math.inf:
             raise ValueError(f"intervals.{name}: expected a number >= 0, got {epochs}")
@@ -119,12 +133,17 @@ def train_options(config: Any, epoch: int, workdir: str) -> TrainOptions:
 
 
 def optimizer_options(config: Any, epoch: int, num_steps: int) -> OptimizerOptions:
-    """Returns the options of the optimiser. A run cut short by `config.steps` warms up in the same share of its steps.
+    """Returns the options of the optimiser.
+
+    A run that `config.steps` shortens warms up for the same share of its steps.
 
     Args:
         config: the configuration.
         epoch: optimiser steps per epoch.
         num_steps: optimiser steps of the run.
+
+    Raises:
+        ValueError: epochs or warmup_epochs is out of range.
     """
     if config.epochs < 1:
         raise ValueError(f"epochs: expected at least 1, got {config.epochs}")
@@ -139,7 +158,7 @@ def optimizer_options(config: Any, epoch: int, num_steps: int) -> OptimizerOptio
 
 
 def check_sizes(config: Any) -> None:
-    """Raises ValueError where an evaluation could not cut the image out of the resized one."""
+    """Raises ValueError if the resized image is smaller than the crop of the evaluation."""
     image_size, resize = config.data.image_size, config.data.resize
     if resize and resize < image_size:
         raise ValueError(
@@ -148,6 +167,7 @@ def check_sizes(config: Any) -> None:
 
 
 def _profile_steps(text: str) -> tuple[int, int] | None:
+    """Returns (first, end) of the profiled steps, None for ""; ValueError for other text."""
     if not text:
         return None
     first, _, end = text.partition(":")

@@ -3,8 +3,9 @@
     python -m experiments.train --config=configs/classifier.py:digits --workdir=runs/digits
     python -m experiments.train --config=configs/generator.py:digits --workdir=runs/digits_generator
 
-A run found in the workdir is continued. On several processes: the same command in each, found through the launcher's
-environment (SLURM, Open MPI, Cloud TPU) or with --coordinator_address, --num_processes and --process_id.
+The command resumes a run that it finds in the workdir. With several processes, start the same command in each: they
+find each other by the launcher's environment (SLURM, Open MPI, Cloud TPU), or by --coordinator_address, --num_processes
+and --process_id.
 """
 
 from typing import Any
@@ -20,18 +21,18 @@ from gspn_jax.training import Result, train
 
 
 def run(config: Any, workdir: str) -> tuple[Run, Result]:
-    """Trains what a configuration says.
+    """Trains a model by a configuration.
 
     Args:
-        config: from `configs/classifier.py` or `configs/generator.py`.
+        config: configuration of `configs/classifier.py` or `configs/generator.py`.
         workdir: folder of checkpoints, metrics and events.
 
     Returns:
-        The run that was trained, and its state and last evaluation.
+        The trained run, and its state and last evaluation.
 
     Raises:
-        ValueError, OSError, CheckpointError, NonFinite: in one line, what is wrong.
-        Preempted: SIGTERM came and the state is saved.
+        ValueError, OSError, CheckpointError, NonFinite: the message is one line.
+        Preempted: SIGTERM arrived; the state is saved.
     """
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)

@@ -1,4 +1,4 @@
-"""Functions of parameters and arrays as functions of host arrays, in batches on the devices of this process."""
+"""Runs a function of parameters and arrays on host arrays, batch by batch on the devices of this process."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,18 +13,19 @@ from gspn_jax.training.sharding import local_mesh, pad_rows, place_batch, replic
 
 
 def batched(compute: Callable[[Any, jax.Array], Any], state: Any, batch_size: int) -> Callable[[np.ndarray], Any]:
-    """Returns rows -> compute(state, rows) for any number of rows; it compiles once.
+    """Returns a function rows -> compute(state, rows) for any number of rows; it compiles once.
 
     Args:
         compute: (state, array (B, ...)) -> a tree of arrays (B, ...). Traceable.
-        state: tree of arrays, such as parameters; every device holds it whole.
+        state: tree of arrays, such as parameters; replicated on every device.
         batch_size: rows at a time, rounded up to a multiple of the number of devices. The last batch is padded.
 
     Returns:
-        A function of a host array (N, ...), N >= 1, that returns the tree with host arrays (N, ...).
+        A function of a host array (N, ...), N >= 1, that returns the tree with host arrays (N, ...). It raises
+        ValueError for an array without rows.
 
     Raises:
-        ValueError: batch_size is less than 1; from the function: there is no row.
+        ValueError: batch_size is less than 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -48,11 +49,14 @@ def batched(compute: Callable[[Any, jax.Array], Any], state: Any, batch_size: in
 
 
 def image_encoder(model: Autoencoder, batch_size: int = 64) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Returns images uint8 (B, H, W, 3) -> mean and log variance of their latents, as `encode_dataset` takes it.
+    """Returns the `encode` argument of `gspn_jax.data.encoding.encode_dataset`, on the devices of this process.
 
     Args:
         model: the autoencoder.
         batch_size: see `batched`.
+
+    Returns:
+        images uint8 (B, H, W, 3) -> mean and log variance of their latents, each (B, h, w, C) float32.
     """
     graph, state = nnx.split(model)
 

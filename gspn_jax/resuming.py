@@ -1,4 +1,4 @@
-"""Work that writes a folder piece by piece and continues after an interruption."""
+"""Resumable work on files: checks of recorded settings, atomic writes, checksums, and barriers between processes."""
 
 import hashlib
 import json
@@ -12,16 +12,16 @@ from jax.experimental import multihost_utils
 
 
 def check_settings(argument: str, place: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Compares the settings of unfinished or finished work with those of this run.
+    """Compares the settings of unfinished or finished work with the settings of this run.
 
     Args:
         argument: name of the argument that chose `place`, for the message.
-        place: file or folder.
-        there: its settings, read from JSON.
+        place: file or folder of the work.
+        there: settings of the work, read from JSON.
         here: settings of this run, JSON values.
 
     Raises:
-        ValueError: one line with the settings that differ.
+        ValueError: settings differ; the message is one line that names them.
     """
     here = json.loads(json.dumps(here))  # tuples become lists, as in `there`
     other = [key for key in sorted(here) if there.get(key) != here[key]]
@@ -34,7 +34,7 @@ def check_settings(argument: str, place: Path, there: Mapping[str, Any], here: M
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file in one piece: at any time it has the old contents or the new."""
+    """Replaces a file atomically: it always holds the old text or the new."""
     draft = path.with_name(f"{path.name}.{jax.process_index()}.tmp")
     try:
         draft.write_text(text)
@@ -50,6 +50,6 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until every process of this run has called it with this name."""
+    """Waits until every process of this run has called this function with this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,4 +1,4 @@
-"""Drawing images from a generator: samplers by name, guidance, latents to pixels, and files of many images."""
+"""Draws images from a generator: samplers by name, guidance, decoding of latents, and archives of many images."""
 
 import dataclasses
 import functools
@@ -22,23 +22,24 @@ from gspn_jax.training.state import Parameters
 from gspn_jax.training.tasks.generation import Generation
 from gspn_jax.weights.loading import load_autoencoder
 
-NOISE_SAMPLERS = ("ddpm", "ddim", "euler", "dpm_solver")  # of objective "ddpm"
-VELOCITY_SAMPLERS = ("heun", "euler", "sde")  # of interpolants
+NOISE_SAMPLERS = ("ddpm", "ddim", "euler", "dpm_solver")  # for the objective "ddpm"
+VELOCITY_SAMPLERS = ("heun", "euler", "sde")  # for interpolants
 
-_DECODED = 8  # latents that a device decodes at a time
+_DECODED = 8  # latents decoded at a time on each device
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How images are drawn.
+    """Settings of sampling.
 
     Attributes:
-        sampler: "ddpm", "ddim", "euler" or "dpm_solver"; of an interpolant "heun", "euler" or "sde"; "" for the first.
-        num_steps: 0 for 250, or 25 of Heun's method.
-        guidance: scale of classifier-free guidance; 1 for none.
-        interval: times, as the network gets them, between which guidance acts; None for always.
-        guided_channels: guides the first channels only; None for all.
-        seed: of the noise.
+        sampler: "ddpm", "ddim", "euler" or "dpm_solver"; for an interpolant "heun", "euler" or "sde". "" takes the
+            first of these.
+        num_steps: steps of the sampler; 0 takes 250, or 25 for Heun's method.
+        guidance: scale of classifier-free guidance; 1 switches it off.
+        interval: first and last time, in the network's units, at which guidance acts; None for always.
+        guided_channels: guides only the first `guided_channels` channels; None guides all.
+        seed: seed of the noise, 0 to 2**31 - 1.
     """
 
     sampler: str = ""
@@ -49,14 +50,15 @@ class Sampling:
     seed: int = 0
 
     def resolved(self, task: Generation, channels: int | None = None) -> "Sampling":
-        """Returns the sampling with the defaults of a task filled in.
+        """Returns these settings with a task's defaults filled in.
 
         Args:
-            task: of the generator.
-            channels: of what it draws.
+            task: the generator's task.
+            channels: channels of the drawn pixels or latents, the most that `guided_channels` may be; None skips the
+                check.
 
         Raises:
-            ValueError: a sampler that the task's objective does not have, or numbers out of range.
+            ValueError: a sampler for another objective, or a number out of range.
         """
         is_velocity = isinstance(task.objective, Interpolant)
         known = VELOCITY_SAMPLERS if is_velocity else NOISE_SAMPLERS
@@ -94,13 +96,16 @@ def draw(
     """Draws samples, (B, *shape) float32 on the network's scale. Traceable.
 
     Args:
-        task: of the generator.
-        params: nested dict.
+        task: the generator's task.
+        params: nested dict of arrays.
         labels, samples: (B,) integers, the classes and the numbers of the samples.
-        sampling: how they are drawn.
+        sampling: settings.
         shape: (H, W, C) of a sample.
-        clip: bound of the data that ancestral sampling and DDIM predict.
-        progress: called after each step.
+        clip: bound of the absolute value of the data that "ddpm" and "ddim" predict; None for no bound.
+        progress: called on the host after each step.
+
+    Raises:
+        ValueError: see `Sampling.resolved`.
     """
     chosen, noise = sampling.resolved(task, shape[-1]), SampleNoise(sampling.seed, samples)
     denoiser = guided(
@@ -128,22 +133,23 @@ class ImageSampler:
     """Draws images on the devices of this process. An image depends on the seed and its number only.
 
     Args:
-        task: of the generator.
+        task: the generator's task.
         params: nested dict of host arrays.
-        description: of the run, a `gspn_jax.runs.RunDescription`.
-        sampling: how; by default without guidance.
-        image_size: (H, W) of the images; by default as in training.
-        autoencoder: file of the autoencoder, where the network denoises latents.
+        description: the run's `gspn_jax.runs.RunDescription`.
+        sampling: settings; None takes the defaults, without guidance.
+        image_size: (H, W) of the images in pixels; None takes the size of training.
+        autoencoder: file of the autoencoder; required if the network denoises latents.
         norm_groups: groups of the autoencoder's norms.
 
     Attributes:
-        sampling: with the task's defaults filled in.
+        sampling: settings with the task's defaults filled in.
         shape: (H, W, 3) of the images.
-        settings: JSON that says how the images are made; equal settings make equal images.
-        bar: a progress bar to advance with each step of the sampler.
+        settings: JSON that defines the images: equal settings make equal images.
+        bar: a progress bar that each step of the sampler advances; None for none.
 
     Raises:
-        ValueError, OSError: in one line, what is wrong.
+        ValueError: an argument out of range, or an autoencoder that does not fit the network.
+        OSError: the autoencoder's file cannot be read.
     """
 
     def __init__(
@@ -190,13 +196,13 @@ class ImageSampler:
         Args:
             labels: (B,) integers in 0..num_classes - 1.
             samples: (B,) integers, the numbers of the images.
-            rows: batch size to pad to, so that batches of any size share one compiled program.
+            rows: batch size after padding; batches padded to the same size share one compiled program.
 
         Returns:
             uint8 (B, H, W, 3).
 
         Raises:
-            ValueError: a label out of range, or a drawn image that is not finite.
+            ValueError: a label out of range, or an image with NaN or Inf.
         """
         labels, samples = np.asarray(labels), np.asarray(samples)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.shape != samples.shape:
@@ -212,6 +218,7 @@ class ImageSampler:
         return to_pixels(drawn if self._decode is None else self._decode(drawn))
 
     def _decoder(self, autoencoder: str, norm_groups: int, space: Any, side: int) -> tuple[Any, int, str]:
+        """Returns latents (B, h, w, C) -> images (B, H, W, 3) float32, the autoencoder's factor, and its SHA-256."""
         if not autoencoder:
             raise ValueError("autoencoder: expected a file of weights, since this network draws latents; got none")
         model, digest = load_autoencoder(autoencoder, norm_groups=norm_groups)
@@ -231,7 +238,7 @@ class ImageSampler:
         return batched(decode, jax.device_get(state), _DECODED * self._mesh.size), model.factor, digest
 
     def _check_size(self, params: Parameters) -> None:
-        """Raises ValueError for maps that the network does not take, before anything is drawn."""
+        """Raises ValueError, before drawing, for an image size that the network does not take."""
         number = jax.ShapeDtypeStruct((1,), jnp.int32)
         try:
             maps = jax.ShapeDtypeStruct((1, *self._drawn), jnp.float32)
@@ -256,13 +263,13 @@ def draw_batches(
     """Draws the batches that begin at `starts`, with a progress bar over all steps.
 
     Args:
-        sampler: what draws.
-        labels: (N,) the label of every image.
-        starts: numbers of the first images of the batches.
-        batch_size: images of a batch; the last may have fewer.
+        sampler: draws the images.
+        labels: (N,) labels of all images.
+        starts: numbers of the batches' first images.
+        batch_size: images in a batch; the last may have fewer.
 
     Yields:
-        The number of the first image, and uint8 (b, H, W, 3).
+        The number of a batch's first image, and uint8 (b, H, W, 3).
     """
     with tqdm(total=len(starts) * sampler.sampling.num_steps, unit="step", disable=not starts) as sampler.bar:
         for start in starts:
@@ -275,23 +282,24 @@ def draw_batches(
 def draw_archive(
     sampler: ImageSampler, labels: np.ndarray, path: str, *, batch_size: int = 100, **settings: Any
 ) -> Store:
-    """Draws images into an .npz file: `arr_0` uint8 (N, H, W, 3) and `arr_1` their labels; goes on where it stopped.
+    """Draws images into an .npz file: `arr_0` uint8 (N, H, W, 3) and `arr_1` int32 (N,), their labels.
 
-    Several processes share the work. Beside it stands a .json file with the settings.
+    The call resumes interrupted work, and several processes share it. A .json file beside the .npz file records the
+    settings.
 
     Args:
-        sampler: what draws.
-        labels: (N,) the label of every image.
-        path: the file.
+        sampler: draws the images.
+        labels: (N,) labels of all images.
+        path: FILE.npz.
         batch_size: images at a time.
-        settings: further JSON to record.
+        settings: further JSON values to record.
 
     Returns:
-        The finished file; `first(count)` reads images from it.
+        The finished archive; `first(count)` reads images from it.
 
     Raises:
         ValueError: the file, or batches for it, were made with other settings.
-        FolderInUse: another run draws into the same file.
+        FolderInUse: another run writes the same file.
     """
     recorded = sampler.settings | {"count": len(labels), "batch_size": batch_size} | settings
     with Store(path, recorded) as store:

@@ -1,4 +1,4 @@
-"""Checks of arguments: errors that name the argument, what was expected, and what came."""
+"""Checks of arguments, whose errors name the argument, the expected value and the given value."""
 
 import math
 import numbers

@@ -1,4 +1,4 @@
-"""Augmentation of training images on the host. Normalisation, mixup and cutmix happen on the device."""
+"""Augments training images on the host. Normalisation, mixup and cutmix happen on the device."""
 
 import dataclasses
 import math
@@ -136,7 +136,7 @@ def _crop(
 
 
 def _augment_array(image: np.ndarray, augmentation: Augmentation, rng: np.random.Generator, out: np.ndarray) -> None:
-    """Does the same as the rest of `augment`, but several times faster for small images: Pillow is mostly overhead."""
+    """Augments an array like the rest of `augment`, but several times faster for small images, without Pillow."""
     if augmentation.crop == "padded":
         left, top = crops.random_shift(augmentation.crop_padding, rng)
         image = crops.shifted(image, left, top)

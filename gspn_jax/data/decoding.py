@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# What Pillow raises on damaged files. File system errors are not among them: files are read before they are decoded.
+# Pillow's errors for damaged files. File system errors cannot occur, because files are read before they are decoded.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _DECODER_ERRORS = (*_DECODER_ERRORS, Image.DecompressionBombError)
 
@@ -18,7 +18,7 @@ _DECODER_ERRORS = (*_DECODER_ERRORS, Image.DecompressionBombError)
 # remain for each pixel of the result in each direction: the bicubic filter then still does the last reduction.
 _PIXELS_KEPT = 2.0
 
-# What turns the stored pixels upright, by the EXIF tag "Orientation"; 1 is upright.
+# Transposition that turns the stored pixels upright, by the EXIF tag "Orientation"; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -61,8 +61,8 @@ def open_picture(data: bytes, *, exif_rotation: bool = False) -> Image.Image:
 
     Args:
         data: contents of an image file.
-        exif_rotation: turn the image upright, as its EXIF tag "Orientation" says. An image that has to be turned is
-            decoded at once, in full.
+        exif_rotation: turns the image upright by its EXIF tag "Orientation". An image that is turned is decoded in this
+            call, at full size.
 
     Raises:
         CorruptImage: this is not an image.
@@ -109,7 +109,7 @@ def _load(picture: Image.Image, draft: tuple[int, int] | None = None) -> None:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """Returns an image turned as its EXIF tag "Orientation" says; CorruptImage if it cannot be decoded."""
+    """Returns an image turned upright by its EXIF tag "Orientation"; CorruptImage if it cannot be decoded."""
     if _orientation(picture) not in _UPRIGHT:
         return picture
     _load(picture)  # which already turns a TIFF, and then removes the tag

@@ -1,8 +1,8 @@
 """Encodes the images of a dataset once, so that generators train on their latents.
 
-Mean and log variance are stored, so that training draws the latents anew each time. Mirror images are a second copy in
-each record. A shard is written under another name first and renamed when it is complete: the same call continues an
-interrupted one, and writes damaged shards again. Several processes share the shards.
+A record stores mean and log variance, so that training draws new latents in each epoch, and optionally those of the
+mirror image. A shard gets its name when it is complete. Repeating a call resumes interrupted work and writes damaged
+shards again. Several processes share the shards.
 """
 
 import json
@@ -57,16 +57,16 @@ def encode_dataset(
     Args:
         dataset: images.
         encode: images uint8 (B, image_size, image_size, 3) -> mean and log variance of their latents, (B, *shape) each.
-        folder: of the latents. It may hold an interrupted encoding with the same settings.
+        folder: folder of the latents. It may hold an interrupted encoding with the same settings.
         shape: (H, W, C) of the latents.
         image_size: side of the images in pixels.
-        scale: networks will multiply the latents with it; recorded, not applied.
+        scale: factor by which networks multiply the latents; recorded, not applied.
         origin: JSON values that identify the autoencoder, for the manifest: "autoencoder" with at least its "sha256",
             and any other settings that change its results.
         batch_size: images at a time in this process.
         flip: encode mirror images too.
         stored: dtype of the records, "float16" or "float32".
-        images_per_shard: images in a file.
+        images_per_shard: number of images in a file.
         num_threads: threads that read images.
         on_corrupt: "stop" raises CorruptImage, "drop" leaves out images that cannot be decoded.
         exif_rotation: turn images upright by their EXIF orientation.
@@ -137,7 +137,7 @@ def encode_dataset(
 
 
 class _Part:
-    """Images start to stop - 1 of a source, decoded at full size."""
+    """A source of images start to stop - 1 of another source, decoded at full size."""
 
     def __init__(self, source: Source, start: int, stop: int, exif_rotation: bool):
         self._source, self._start, self._stop, self._exif_rotation = source, start, stop, exif_rotation

@@ -1,4 +1,4 @@
-"""The work of one thread if a source holds latents: from sample numbers to a batch of moments and labels."""
+"""Loads batches of latents in one thread: sample numbers to moments and labels."""
 
 import dataclasses
 from typing import Any
@@ -31,7 +31,7 @@ class _LatentLoader:
 
 @dataclasses.dataclass(frozen=True)
 class LatentTrainingLoader(_LatentLoader):
-    """Training batches; if the augmentation flips, a random half of the images are mirror images."""
+    """Loads training batches; if the augmentation flips, a random half of the images are mirror images."""
 
     augmentation: Augmentation
     seed: int
@@ -47,7 +47,7 @@ class LatentTrainingLoader(_LatentLoader):
             )
 
     def __call__(self, samples: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-        """(global positions, indices), both (b,), to {"mean", "log_variance", "label", "corrupt": []}."""
+        """Returns {"mean", "log_variance", "label", "corrupt": []} for (global positions, indices), both (b,)."""
         positions, indices = samples
         batch = self._empty(len(positions))
         for row, (position, index) in enumerate(zip(positions, indices, strict=True)):
@@ -59,10 +59,10 @@ class LatentTrainingLoader(_LatentLoader):
 
 @dataclasses.dataclass(frozen=True)
 class LatentEvaluationLoader(_LatentLoader):
-    """Batches in order; numbers past the end of the source are padding."""
+    """Loads batches in order; sample numbers past the end of the source give padding."""
 
     def __call__(self, indices: np.ndarray) -> dict[str, Any]:
-        """Sample numbers (b,) to {"mean", "log_variance", "label", "mask", "corrupt": []}."""
+        """Returns {"mean", "log_variance", "label", "mask", "corrupt": []} for sample numbers (b,)."""
         batch = self._empty(len(indices))
         batch["mask"] = indices < len(self.source)
         for row, index in enumerate(indices):

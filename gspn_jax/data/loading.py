@@ -1,4 +1,4 @@
-"""The work of one thread: from sample numbers to a batch of pixels and labels.
+"""Loads batches of images in one thread: sample numbers to pixels and labels.
 
 Worker processes receive these objects, so they hold plain values and picklable sources only.
 """
@@ -60,7 +60,7 @@ class _Loader:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingLoader(_Loader):
-    """Augmented batches; the random numbers of a sample depend on the seed and its global position only."""
+    """Loads augmented batches; a sample's random numbers depend only on the seed and its global position."""
 
     augmentation: Augmentation
     seed: int
@@ -70,7 +70,7 @@ class TrainingLoader(_Loader):
         check_integer("seed", self.seed, 0, 2**63 - 1)
 
     def __call__(self, samples: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-        """(global positions, indices), both (b,), to {"image", "label", "corrupt": messages}."""
+        """Returns {"image", "label", "corrupt": messages} for (global positions, indices), both (b,)."""
         positions, indices = samples
         batch = self._empty(len(positions))
         for row in range(len(positions)):
@@ -99,12 +99,12 @@ class TrainingLoader(_Loader):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationLoader(_Loader):
-    """Resized and centre cropped batches; numbers past the end of the source are padding."""
+    """Loads resized and centre-cropped batches; sample numbers past the end of the source give padding."""
 
     resize: int | None
 
     def __call__(self, indices: np.ndarray) -> dict[str, Any]:
-        """Sample numbers (b,) to {"image", "label", "mask", "corrupt": messages}."""
+        """Returns {"image", "label", "mask", "corrupt": messages} for sample numbers (b,)."""
         batch = self._empty(len(indices))
         batch["mask"] = np.zeros(len(indices), bool)
         for row, index in enumerate(int(index) for index in indices):

@@ -1,4 +1,4 @@
-"""Single pictures, given as arrays, Pillow images or files, prepared as the evaluation pipeline prepares its images."""
+"""Prepares single pictures (arrays, Pillow images or files) as the evaluation pipeline prepares its images."""
 
 import os
 from typing import Any

@@ -73,7 +73,7 @@ class Batches:
         return {**batch, "replaced": len(corrupt)}
 
     def state(self) -> dict[str, int]:
-        """Returns what `restore` needs, as JSON for a checkpoint: next position, seed, number of samples."""
+        """Returns the state for `restore`, JSON for a checkpoint: next position, seed, number of samples."""
         return {"position": self._position, "seed": self._load.seed, "samples": self._samples}
 
     def restore(self, state: dict[str, int]) -> None:
@@ -84,7 +84,7 @@ class Batches:
         """
         here = self.state()
         if set(state) != set(here) or not 0 <= state["position"]:
-            raise ValueError(f"state: expected what Batches.state() gave, such as {here}, got {state}")
+            raise ValueError(f"state: expected a value of Batches.state(), such as {here}, got {state}")
         for name in ("seed", "samples"):
             if state[name] != here[name]:
                 raise ValueError(f"state: expected {name}={here[name]}, as in this run, got {state[name]}")
@@ -112,7 +112,7 @@ def training_batches(
     on_corrupt: OnCorrupt = "stop",
     exif_rotation: bool = False,
 ) -> Batches:
-    """An endless stream of shuffled, augmented batches: every sample once per epoch, epochs joined without a gap.
+    """Returns an endless stream of shuffled, augmented batches: every sample once per epoch, epochs without gaps.
 
     Args:
         source: images or latents; may be smaller than a batch.
@@ -162,7 +162,7 @@ class EvaluationBatches:
         self.dropped = 0
 
     def __len__(self) -> int:
-        """Number of batches, the same in every process."""
+        """Returns the number of batches, which is the same in every process."""
         return self._batches
 
     def __iter__(self) -> Self:
@@ -201,7 +201,7 @@ def evaluation_batches(
     on_corrupt: OnCorrupt = "stop",
     exif_rotation: bool = False,
 ) -> EvaluationBatches:
-    """Every sample once, in order: resized (bicubic, antialiased) and cropped at the centre.
+    """Returns batches with every sample once, in order: resized (bicubic, antialiased) and cropped at the centre.
 
     Args:
         source: images or latents.

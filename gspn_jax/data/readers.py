@@ -15,7 +15,7 @@ from gspn_jax.data.arguments import check_integer
 
 @dataclasses.dataclass(frozen=True)
 class Readers:
-    """Which rows of each batch this process makes, and by how many threads or worker processes.
+    """The rows of each batch that this process makes, and its number of threads or worker processes.
 
     Attributes:
         batch_size: rows of a batch, over all processes.

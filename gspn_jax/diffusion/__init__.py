@@ -1,4 +1,4 @@
-"""Diffusion: processes, samplers and guidance. A denoiser is any callable; axes are (B, ..., C), channels last."""
+"""Diffusion processes, samplers and guidance. A denoiser is any callable on arrays (B, ..., C), channels last."""
 
 from gspn_jax.diffusion import interpolant_samplers, samplers
 from gspn_jax.diffusion.gaussian import GaussianDiffusion

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598) of a class-conditional denoiser."""
+"""Classifier-free guidance (arXiv 2207.12598) of a conditional denoiser."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,18 +18,21 @@ def guided(
     interval: tuple[float, float] | None = None,
     channels: int | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns the guided denoiser of (x_t, time): unconditional + scale (conditional - unconditional).
+    """Returns a denoiser (x_t, time) that predicts unconditional + scale (conditional - unconditional).
+
+    `scale` is 1 + w in equation 6 of arXiv 2207.12598.
 
     Args:
         denoiser: called as denoiser(x_t (B, ..., C), time (B,), condition).
-        condition: what the samples shall be: labels (B,), or any tree of arrays (B, ...).
-        scale: 1 for the conditional prediction only, which then costs one call with half the batch.
+        condition: the samples' condition: labels (B,), or any tree of arrays (B, ...).
+        scale: strength of guidance; 1 gives the conditional prediction and calls the denoiser without doubling the
+            batch.
         no_class: the condition of the unconditional prediction: a tree like `condition`, whose leaves broadcast to its
             leaves; for labels an integer.
-        interval: times, as the denoiser gets them, between which guidance acts (arXiv 2404.07724). Outside it the
-            conditional prediction is taken. None: always.
-        channels: how many of the first channels are guided: 3 is what DiT's program does. None: as many as x_t has.
-            Variance channels are never guided.
+        interval: first and last time, in the denoiser's units, at which guidance acts (arXiv 2404.07724). At other
+            times the result is the conditional prediction. None: guidance always acts.
+        channels: guides the first `channels` channels; DiT's program guides 3. None guides all C. Variance channels
+            are never guided.
 
     Raises:
         ValueError: the interval is reversed.
@@ -44,7 +47,7 @@ def guided(
             lambda leaf, none: jnp.concatenate([leaf, jnp.broadcast_to(jnp.asarray(none, leaf.dtype), leaf.shape)]),
             condition, no_class,
         )  # fmt: skip
-        output = denoiser(jnp.concatenate([x, x]), jnp.concatenate([time, time]), both)
+        output = denoiser(jnp.concatenate([x, x]), jnp.concatenate([time, time]), both)  # (2 B, ..., C or 2 C)
         conditional, unconditional = jnp.split(output, 2)
         count = x.shape[-1] if channels is None else channels
         acts = jnp.full(time.shape, True) if interval is None else (interval[0] <= time) & (time <= interval[1])

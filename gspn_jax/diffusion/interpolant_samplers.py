@@ -1,6 +1,7 @@
-"""Samplers of interpolants: Euler's and Heun's methods for the ODE, and the SDE with a last step to its mean (SiT).
+"""Samplers for interpolants (SiT, arXiv 2401.08740): Euler and Heun for the ODE, Euler-Maruyama for the SDE.
 
-All start from noise at t = 0 and are loops of `jax.lax`. A denoiser is a callable (x_t, t (B,)) -> velocity.
+All start from noise at t = 0 and are `jax.lax` loops, so they can be jitted. A denoiser is a callable
+(x_t (B, ..., C), t (B,)) -> velocity (B, ..., C).
 """
 
 import jax
@@ -14,7 +15,20 @@ DIFFUSIONS = ("sigma", "path")
 
 
 def euler(denoiser: Denoiser, start: jax.Array, num_steps: int, *, progress: Progress | None = None) -> jax.Array:
-    """The ODE dx/dt = velocity in equal steps of Euler's method, a call of the denoiser each. start: (B, ...) noise."""
+    """Solves dx/dt = velocity from t = 0 to 1 by Euler's method.
+
+    Args:
+        denoiser: called once a step.
+        start: standard normal noise, (B, ..., C).
+        num_steps: number of equal steps, at least 1.
+        progress: called on the host after each step.
+
+    Returns:
+        Data, (B, ..., C), in the dtype of `start`.
+
+    Raises:
+        ValueError: num_steps is less than 1.
+    """
     size = _step_size(num_steps)
 
     def step(carry: tuple[jax.Array], n: jax.Array) -> tuple[jax.Array]:
@@ -25,7 +39,10 @@ def euler(denoiser: Denoiser, start: jax.Array, num_steps: int, *, progress: Pro
 
 
 def heun(denoiser: Denoiser, start: jax.Array, num_steps: int, *, progress: Progress | None = None) -> jax.Array:
-    """The same by Heun's method: two calls each, an error of second order."""
+    """Solves the ODE of `euler` by Heun's second-order method, which calls the denoiser twice a step.
+
+    Arguments, result and errors are those of `euler`.
+    """
     size = _step_size(num_steps)
 
     def step(carry: tuple[jax.Array], n: jax.Array) -> tuple[jax.Array]:
@@ -48,13 +65,26 @@ def sde(
     last_step: float = 0.04,
     progress: Progress | None = None,
 ) -> jax.Array:
-    """dx = (velocity + w score) dt + sqrt(2 w) dW by Euler-Maruyama, and one step to the mean at the end.
+    """Solves dx = (velocity + w score) dt + sqrt(2 w) dW by Euler-Maruyama, with a noise-free last step to the mean.
 
-    The score is singular at t = 1: the steps with noise end at 1 - last_step.
+    The score is singular at t = 1, so the noisy steps end at t = 1 - last_step.
 
     Args:
-      diffusion: w is "sigma", the share of noise, or that of the "path" (`Interpolant.diffusion`), which is singular at
-        t = 0 and starts one step later.
+        denoiser: called once a step.
+        start: standard normal noise, (B, ..., C).
+        num_steps: number of steps, the last one included; at least 2.
+        noise: draws the noise of each step.
+        interpolant: the process that the denoiser was trained on.
+        diffusion: "sigma" sets w to sigma_t; "path" sets it to `Interpolant.diffusion`, which is singular at t = 0, so
+            the first step starts at t = 1 / num_steps.
+        last_step: length of the last step, in (0, 1).
+        progress: called on the host after each step.
+
+    Returns:
+        Data, (B, ..., C), in the dtype of `start`.
+
+    Raises:
+        ValueError: an unknown `diffusion`, or a number out of range.
     """
     if diffusion not in DIFFUSIONS:
         raise ValueError(f"diffusion: expected one of {', '.join(DIFFUSIONS)}; got {diffusion!r}")
@@ -82,10 +112,12 @@ def sde(
 
 
 def _step_size(num_steps: int) -> float:
+    """Returns 1 / num_steps; ValueError if num_steps is less than 1."""
     if num_steps < 1:
         raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
     return 1 / num_steps
 
 
 def _told(denoiser: Denoiser, x: jax.Array, t: jax.Array) -> jax.Array:
+    """Returns the denoiser's output, in x's dtype, at one time t () for the whole batch."""
     return denoiser(x, jnp.broadcast_to(jnp.asarray(t, x.dtype), x.shape[:1])).astype(x.dtype)

@@ -1,7 +1,7 @@
 """Interpolants between noise and data (SiT, arXiv 2401.08740): x_t = alpha_t data + sigma_t noise, noise at t = 0.
 
-A denoiser is a callable (x_t, t (B,)) -> velocity d x_t / dt. Everything else, the score and the drift of the reverse
-process, follows from it.
+A denoiser is a callable (x_t (B, ..., C), t (B,)) -> velocity d x_t / dt, (B, ..., C). The score and the drift of the
+reverse process follow from the velocity.
 """
 
 import dataclasses
@@ -16,7 +16,14 @@ Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Coefficients(NamedTuple):
-    """alpha, sigma and their derivatives in time, at some t."""
+    """Coefficients of the interpolant at time t, arrays like t.
+
+    Attributes:
+        alpha: factor of the data.
+        sigma: factor of the noise.
+        alpha_dt: derivative of alpha with respect to t.
+        sigma_dt: derivative of sigma with respect to t.
+    """
 
     alpha: jax.Array
     sigma: jax.Array
@@ -36,13 +43,20 @@ def _gvp(t: jax.Array) -> Coefficients:
     return Coefficients(sine, cosine, rate * cosine, -rate * sine)
 
 
-# "gvp", generalised variance-preserving: alpha^2 + sigma^2 = 1.
+# "gvp" is generalised variance-preserving: alpha^2 + sigma^2 = 1.
 PATHS = {"linear": _linear, "gvp": _gvp}
 
 
 @dataclasses.dataclass(frozen=True)
 class Interpolant:
-    """A path by name: a key of `PATHS`."""
+    """An interpolant between noise and data.
+
+    Attributes:
+        path: its coefficients, a key of `PATHS`.
+
+    Raises:
+        ValueError: an unknown path.
+    """
 
     path: str = "linear"
 
@@ -51,37 +65,50 @@ class Interpolant:
             raise ValueError(f"path: expected one of {', '.join(PATHS)}; got {self.path!r}")
 
     def coefficients(self, t: jax.Array, like: jax.Array) -> Coefficients:
-        """To be multiplied with `like`, (B, ...). t: (B,), or one for all."""
-        t = jnp.asarray(t, like.dtype)
+        """Returns the coefficients at t, (B,) or (), in the dtype of `like` (B, ...) and broadcastable to it."""
+        t = jnp.asarray(t, like.dtype)  # (B,) or (), then (B, 1, ..., 1)
         return PATHS[self.path](t.reshape(t.shape + (1,) * (like.ndim - t.ndim)))
 
     def noised(self, x_start: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-        """x_t."""
+        """Returns x_t, (B, ...), from data and noise (B, ...) and t (B,) or ()."""
         at = self.coefficients(t, x_start)
         return at.alpha * x_start + at.sigma * noise
 
     def velocity(self, x_start: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-        """d x_t / dt: what the denoiser learns."""
+        """Returns d x_t / dt, (B, ...), the denoiser's training target."""
         at = self.coefficients(t, x_start)
         return at.alpha_dt * x_start + at.sigma_dt * noise
 
     def drift(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        """Of the process that takes data to noise, in its own direction of time: -(alpha' / alpha) x; t > 0."""
+        """Returns the drift of the process from data to noise, -(alpha' / alpha) x, (B, ...); t > 0.
+
+        The process runs backwards in t.
+        """
         at = self.coefficients(t, x)
         return -(at.alpha_dt / at.alpha) * x
 
     def diffusion(self, t: jax.Array, like: jax.Array) -> jax.Array:
-        """Its diffusion, w in velocity = -drift + w score, to be multiplied with `like`; t > 0."""
+        """Returns w in velocity = -drift + w score, broadcastable to `like` (B, ...); t > 0."""
         at = self.coefficients(t, like)
         return at.alpha_dt / at.alpha * at.sigma**2 - at.sigma * at.sigma_dt
 
     def score(self, velocity: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
-        """The gradient of the log density, from a velocity; t < 1."""
+        """Returns the gradient of the log density at x, (B, ...), from the velocity at x; t < 1 (SiT, section 2)."""
         at = self.coefficients(t, x)
         # velocity = (alpha' / alpha) (x - sigma noise) + sigma' noise, and score = -noise / sigma.
         return (at.alpha * velocity - at.alpha_dt * x) / (at.sigma * (at.alpha_dt * at.sigma - at.alpha * at.sigma_dt))
 
     def losses(self, denoiser: Denoiser, x_start: jax.Array, t: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
-        """ "loss": the mean squared error of the velocity of each sample, (B,)."""
+        """Returns the loss of each sample.
+
+        Args:
+            denoiser: predicts the velocity.
+            x_start: data, (B, ...).
+            t: times in [0, 1], (B,).
+            noise: standard normal, (B, ...).
+
+        Returns:
+            "loss": the mean squared error of the velocity, (B,).
+        """
         error = denoiser(self.noised(x_start, t, noise), t) - self.velocity(x_start, t, noise)
         return {"loss": jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))}

@@ -1,4 +1,4 @@
-"""Noise of samples: a function of seed, sample and step alone, whatever the batch or the devices."""
+"""Sampling noise that depends only on seed, sample number and step, not on the batch or the devices."""
 
 from typing import NamedTuple
 
@@ -7,18 +7,18 @@ import jax.numpy as jnp
 
 
 class SampleNoise(NamedTuple):
-    """Draws standard normal noise for samples that have numbers.
+    """Draws standard normal noise for numbered samples.
 
     Attributes:
-      seed: of all samples.
-      samples: (B,) int, which of them a batch holds.
+        seed: shared by all samples.
+        samples: (B,) integers, the numbers of the samples in the batch.
     """
 
     seed: jax.Array | int
     samples: jax.Array
 
     def draw(self, step: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-        """(B, *shape) float32, of a sampler's step; 0 is what it starts from."""
+        """Returns noise (B, *shape) float32 for a sampler's step; step 0 gives the starting noise."""
 
         def of_sample(sample: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.key(self.seed), sample)

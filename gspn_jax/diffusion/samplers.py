@@ -1,8 +1,8 @@
-"""Samplers of Gaussian diffusion: ancestral DDPM, DDIM, Euler and DPM-Solver++(2M).
+"""Samplers for Gaussian diffusion: ancestral DDPM, DDIM, Euler and DPM-Solver++(2M).
 
-All take a denoiser, noise and the steps to visit, and are loops of `jax.lax`, to be jitted as they are. A denoiser is a
-callable (x_t, timestep (B,)) -> prediction of the noise; further channels are those of a learned variance, of which
-ancestral sampling alone makes use. Everything is computed in float32, or in the dtype of the start.
+All take a denoiser, noise and the steps to visit, and are `jax.lax` loops, so they can be jitted. A denoiser is a
+callable (x_t (B, ..., C), timestep (B,)) that returns the predicted noise, (B, ..., C), or (B, ..., 2 C) with variance
+channels, which only ancestral sampling uses. Samplers compute in the dtype of their starting noise.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ class Steps:
     """The steps that a sampler visits, from noise to data.
 
     Attributes:
-      timesteps: (n,), what the denoiser is told.
-      alphas_bar: (n + 1,), the share of the data's variance at each, and where the last step ends.
+        timesteps: (n,) integers, the denoiser's timestep input.
+        alphas_bar: (n + 1,) float64, the data's share of the variance at each step and at the end of the last one.
     """
 
     timesteps: np.ndarray
@@ -36,16 +36,18 @@ SPACINGS = ("ends", "leading", "trailing", "linspace")
 
 
 def steps(process: GaussianDiffusion, count: int, spacing: str = "ends", *, final_alpha_bar: float = 1.0) -> Steps:
-    """So many of a process's steps.
+    """Selects `count` steps of a process.
 
     Args:
-      spacing: "ends": from the first to the last at equal distances, as DiT does; "leading": multiples of T // count,
-        plus 1, as Stable Diffusion's samplers do; "trailing": from the last step on, downwards; "linspace": equal
-        distances from the last step to the first, which is left out.
-      final_alpha_bar: where the last step ends: 1 is data without noise.
+        process: T steps.
+        count: number of steps, 1 to T.
+        spacing: "ends": evenly spaced, with the first and the last step, as in DiT; "leading": multiples of T // count
+            plus 1, as in Stable Diffusion's samplers; "trailing": every T / count steps downwards from the last step;
+            "linspace": evenly spaced from the last step to the first, without the first.
+        final_alpha_bar: abar at the end of the last step; 1 is data without noise.
 
     Raises:
-      ValueError: an unknown spacing, or more steps than there are.
+        ValueError: an unknown spacing, or a count out of range.
     """
     last = process.num_steps - 1
     if not 1 <= count <= process.num_steps:
@@ -73,7 +75,19 @@ def ddpm(
     clip: float | None = None,
     progress: Progress | None = None,
 ) -> jax.Array:
-    """Ancestral sampling of every step of `process`, which is respaced as wanted. start: (B, ..., C) noise."""
+    """Samples by ancestral sampling at every step of a process (DDPM, arXiv 2006.11239, algorithm 2).
+
+    Args:
+        denoiser: predicts the noise, with or without variance channels.
+        start: standard normal noise, (B, ..., C).
+        process: all its steps are visited; use `GaussianDiffusion.respaced` for fewer steps.
+        noise: draws the noise of each step.
+        clip: bound of the absolute value of the predicted x_0; None leaves it as it is.
+        progress: called on the host after each step.
+
+    Returns:
+        Data, (B, ..., C), in the dtype of `start`.
+    """
 
     def step(x: jax.Array, index: jax.Array) -> jax.Array:
         output = _told(denoiser, x, jnp.asarray(process.timesteps)[index])
@@ -94,9 +108,25 @@ def ddim(
     clip: float | None = None,
     progress: Progress | None = None,
 ) -> jax.Array:
-    """DDIM (arXiv 2010.02502, equation 12). eta 0 is deterministic; 1 draws as much noise as DDPM does."""
+    """Samples by DDIM (arXiv 2010.02502, equation 12).
+
+    Args:
+        denoiser: predicts the noise.
+        start: standard normal noise, (B, ..., C).
+        visited: see `steps`.
+        eta: share of the noise that DDPM draws at each step; 0 is deterministic.
+        noise: draws the noise of each step; required if eta is not 0.
+        clip: bound of the absolute value of the predicted x_0; None leaves it as it is.
+        progress: called on the host after each step.
+
+    Returns:
+        Data, (B, ..., C), in the dtype of `start`.
+
+    Raises:
+        ValueError: eta is not 0 and noise is None.
+    """
     if eta and noise is None:
-        raise ValueError(f"noise: expected what to draw of where eta is {eta}, got None")
+        raise ValueError(f"noise: expected a SampleNoise, since eta is {eta}, got None")
     before, after = visited.alphas_bar[:-1], visited.alphas_bar[1:]
     spread = eta * np.sqrt((1 - after) / (1 - before) * (1 - before / after))
     tables = _tables(
@@ -120,7 +150,17 @@ def ddim(
 
 
 def euler(denoiser: Denoiser, start: jax.Array, visited: Steps, *, progress: Progress | None = None) -> jax.Array:
-    """Euler's method in sigma = sqrt(1 / abar - 1), the ratio of noise to data (arXiv 2206.00364, algorithm 1)."""
+    """Samples by Euler's method in sigma = sqrt(1 / abar - 1), the noise-to-data ratio (arXiv 2206.00364, algorithm 1).
+
+    Args:
+        denoiser: predicts the noise.
+        start: standard normal noise, (B, ..., C).
+        visited: see `steps`.
+        progress: called on the host after each step.
+
+    Returns:
+        Data, (B, ..., C), in the dtype of `start`.
+    """
     sigmas = np.sqrt(1 / visited.alphas_bar - 1)
     tables = _tables(start, timestep=visited.timesteps, scale=1 / np.sqrt(sigmas[:-1] ** 2 + 1), change=np.diff(sigmas))
 
@@ -133,7 +173,10 @@ def euler(denoiser: Denoiser, start: jax.Array, visited: Steps, *, progress: Pro
 
 
 def dpm_solver(denoiser: Denoiser, start: jax.Array, visited: Steps, *, progress: Progress | None = None) -> jax.Array:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); the first and the last step are of first order."""
+    """Samples by DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); the first and the last step are first-order.
+
+    Arguments and result are those of `euler`.
+    """
     signal, noise = np.sqrt(visited.alphas_bar), np.sqrt(1 - visited.alphas_bar)
     with np.errstate(divide="ignore"):
         half_log_snr = np.log(signal) - np.log(noise)
@@ -156,7 +199,7 @@ def dpm_solver(denoiser: Denoiser, start: jax.Array, visited: Steps, *, progress
 
 
 def loop(step: Callable[[Any, jax.Array], Any], carry: Any, count: int, progress: Progress | None) -> Any:
-    """carry after `count` times step(carry, n); `progress` is called on the host after each."""
+    """Returns carry after carry = step(carry, n) for n = 0 .. count - 1; calls `progress` on the host after each."""
 
     def body(n: jax.Array, carry: Any) -> Any:
         carry = step(carry, n)
@@ -168,16 +211,20 @@ def loop(step: Callable[[Any, jax.Array], Any], carry: Any, count: int, progress
 
 
 def _tables(like: jax.Array, *, timestep: np.ndarray, **values: np.ndarray) -> dict[str, jax.Array]:
+    """Returns (n,) arrays by name, one entry a step; all but `timestep` are in the dtype of `like`."""
     return {"timestep": jnp.asarray(timestep)} | {name: jnp.asarray(v, like.dtype) for name, v in values.items()}
 
 
 def _row(tables: dict[str, jax.Array], n: jax.Array) -> dict[str, jax.Array]:
+    """Returns the entries of step n, each ()."""
     return {name: table[n] for name, table in tables.items()}
 
 
 def _told(denoiser: Denoiser, x: jax.Array, timestep: jax.Array) -> jax.Array:
+    """Returns the denoiser's output, in x's dtype, at one timestep () for the whole batch."""
     return denoiser(x, jnp.broadcast_to(timestep, x.shape[:1])).astype(x.dtype)
 
 
 def _prediction(denoiser: Denoiser, x: jax.Array, timestep: jax.Array) -> jax.Array:
+    """Returns the predicted noise, (B, ..., C), without variance channels."""
     return split_output(_told(denoiser, x, timestep), x.shape[-1])[0]

@@ -1,0 +1,1 @@
+"""Evaluation: accuracy of classifiers, scores of generated images, and archives of images."""

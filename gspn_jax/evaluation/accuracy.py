@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy: exact counts over every image once."""
+"""Top-1 and top-5 accuracy: exact counts in which every image counts once."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,10 +10,12 @@ import numpy as np
 
 
 def count_batch(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Returns counts of one batch, () int32 each, and its summed cross entropy, () float32. Traceable.
+    """Returns the counts "images", "top1" and "top5", () int32, and "loss", the summed cross entropy, () float32.
+
+    Traceable.
 
     Args:
-        logits: (B, num_classes) float32. The lower class wins a tie, so equal logits are not all right.
+        logits: (B, num_classes) float32. The lower class wins a tie, so constant logits get no credit for every label.
         labels: (B,) int32.
         mask: (B,) bool; False rows are padding.
     """
@@ -36,17 +38,18 @@ def accuracy(
     """Returns top1 and top5 in percent, the mean loss, and the number of images.
 
     Args:
-        count: batch on the device -> the counts of `count_batch`.
-        batches: host batches; every process must have the same number.
+        count: batch on the devices -> the counts of `count_batch`.
+        batches: host batches; every process must have the same number of them.
         place: moves a batch to the devices.
 
     Raises:
-        ValueError: there is no image, or the loss is NaN or Inf.
+        ValueError: the batches have no image, or the loss is NaN or Inf.
     """
     pending: list[dict[str, jax.Array]] = []
     totals: dict[str, Any] = {"images": 0, "top1": 0, "top5": 0, "loss": 0.0}
 
     def drain(keep: int) -> None:
+        """Adds the oldest counts to the totals until `keep` batches are pending."""
         while len(pending) > keep:
             counts = jax.device_get(pending.pop(0))
             for name in totals:
@@ -54,7 +57,7 @@ def accuracy(
 
     for batch in batches:
         pending.append(count(place(batch)))
-        drain(keep=2)  # at most a few batches wait for the device
+        drain(keep=2)  # bounds the number of batches that wait on the device
     drain(keep=0)
     if not totals["images"]:
         raise ValueError("batches: expected at least one image, got none")

@@ -1,4 +1,4 @@
-"""Scores of generated images from features: Frechet distances, inception score, precision and recall.
+"""Scores of generated images, computed from features: Frechet distances, inception score, precision and recall.
 
 Moments and inception scores are running sums in float64, so memory does not grow with the number of images. Precision
 and recall keep the features and compare them block by block.
@@ -15,13 +15,18 @@ Moments = tuple[np.ndarray, np.ndarray]  # mean (D,) and covariance (D, D), floa
 
 @dataclasses.dataclass
 class RunningMoments:
-    """Mean and covariance of features that come in batches."""
+    """Mean and covariance of features that are added in batches.
+
+    Attributes:
+        features: D, the length of a feature vector.
+        count: number of samples so far.
+    """
 
     features: int
 
     def __post_init__(self):
         self.count = 0
-        self._shift: np.ndarray | None = None  # mean of the first batch: sums of numbers near zero lose no digits
+        self._shift: np.ndarray | None = None  # mean of the first batch; centred sums lose fewer digits
         self._sum = np.zeros(self.features)
         self._products = np.zeros((self.features, self.features))
 
@@ -29,7 +34,7 @@ class RunningMoments:
         """Adds a batch.
 
         Args:
-            batch: (B, features), of any float dtype.
+            batch: (B, features), any float dtype.
 
         Raises:
             ValueError: another shape, or values that are not finite.
@@ -48,7 +53,7 @@ class RunningMoments:
             self._products += batch.T @ batch
 
     def moments(self) -> Moments:
-        """Returns mean and covariance of all batches; the covariance is divided by count - 1.
+        """Returns mean (D,) and covariance (D, D), float64, of all batches; the covariance is divided by count - 1.
 
         Raises:
             ValueError: fewer than two samples.
@@ -61,7 +66,11 @@ class RunningMoments:
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
-    """Returns |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two normal distributions (arXiv 1706.08500)."""
+    """Returns |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two normal distributions (arXiv 1706.08500).
+
+    Raises:
+        ValueError: the distributions differ in their number of features.
+    """
     (mean, covariance), (other_mean, other_covariance) = one, other
     if mean.shape != other_mean.shape:
         raise ValueError(f"other: expected {mean.shape[0]} features, got {other_mean.shape[0]}")
@@ -74,12 +83,17 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
 
 class RunningInceptionScore:
-    """Inception score exp E KL(p(y | x) || p(y)) (arXiv 1606.03498) of images that come in batches."""
+    """Inception score exp E KL(p(y | x) || p(y)) (arXiv 1606.03498) of images that are added in batches."""
 
     def __init__(self, count: int, splits: int = 10):
-        """Args:
-        count: number of images.
-        splits: parts of about equal size, in order, each with its own score.
+        """Starts with no image.
+
+        Args:
+            count: number of images that will be added.
+            splits: number of parts of about equal size, in order; each part gets a score.
+
+        Raises:
+            ValueError: splits is less than 1, or count is less than splits.
         """
         if not 1 <= splits <= count:
             raise ValueError(f"count: expected at least {splits} images, one for each split, got {count}")
@@ -89,7 +103,7 @@ class RunningInceptionScore:
         self._negative_entropies = np.zeros(splits)
 
     def add(self, logits: np.ndarray) -> None:
-        """Adds logits (B, classes) of the next images. ValueError for another shape or more than `count` images."""
+        """Adds the logits (B, classes) of the next images; ValueError for another shape or more than `count` images."""
         if logits.ndim != 2 or self._seen + len(logits) > self._ends[-1]:
             raise ValueError(f"logits: expected (B, classes) of {self._ends[-1]} images in all, got {logits.shape}")
         logits = np.asarray(logits, np.float64)
@@ -103,7 +117,7 @@ class RunningInceptionScore:
         self._seen += len(logits)
 
     def score(self) -> tuple[float, float]:
-        """Returns mean and standard deviation over the parts. ValueError if images are missing."""
+        """Returns mean and standard deviation of the parts' scores; ValueError if images are missing."""
         if self._seen != self._ends[-1]:
             raise ValueError(f"count: expected {self._ends[-1]} images, got {self._seen}")
         scores = []
@@ -126,7 +140,10 @@ def precision_and_recall(
     Args:
         reference, samples: (N, D) and (M, D), more than `neighbours` rows each.
         neighbours: k.
-        block: rows of distances in memory at a time.
+        block: number of rows of the distance matrix in memory at a time.
+
+    Raises:
+        ValueError: too few rows, or another number of features.
     """
     for name, features in (("reference", reference), ("samples", samples)):
         if features.ndim != 2 or len(features) <= neighbours or features.shape[1] != reference.shape[1]:
@@ -139,12 +156,13 @@ def precision_and_recall(
 
 
 def _radii(features: np.ndarray, neighbours: int, block: int) -> np.ndarray:
-    """Returns the squared distance of each row to its k-th neighbour, itself not counted."""
+    """Returns the squared distance of each row to its k-th neighbour other than itself, (N,)."""
     nearest = [np.partition(part, neighbours, axis=1)[:, neighbours] for part in _distances(features, features, block)]
     return np.concatenate(nearest)
 
 
 def _share_within(points: np.ndarray, centres: np.ndarray, radii: np.ndarray, block: int) -> float:
+    """Returns the share of points that lie in some ball; radii are squared."""
     within = [np.any(part <= radii[None], axis=1) for part in _distances(points, centres, block)]
     return float(np.concatenate(within).mean())
 

@@ -1,4 +1,4 @@
-"""Many images in one .npz file: made batch by batch by processes that may be interrupted, and read block by block."""
+"""Many images in one .npz file, written batch by batch by interruptible processes and read block by block."""
 
 import contextlib
 import json
@@ -24,24 +24,24 @@ _log = logging.getLogger(__name__)
 
 
 class Store:
-    """A file of images in the making.
+    """An archive of images, written batch by batch.
 
         with Store("samples.npz", settings) as store:
             for start in store.missing():
                 store.write(start, images, labels)
             store.assemble()
 
-    It becomes FILE.npz, with its settings in FILE.json. Until then FILE.parts/ holds batches. Every process of a run
-    enters the block; other runs are kept out of it.
+    FILE.parts/ holds the batches until `assemble` writes FILE.npz, and the settings into FILE.json. Every process of a
+    run enters the `with` block; a lock keeps other runs out.
     """
 
     def __init__(self, path: str, settings: Mapping[str, Any]):
-        """Checks the target, and changes nothing.
+        """Checks the target without changing it.
 
         Args:
-            path: FILE.npz, in any case; its folder is made if it does not exist.
-            settings: JSON, how the images are made, with "count" (number of images), "batch_size" (images in a batch)
-                and "image_size" (H, W). A file that is not finished may get another count.
+            path: FILE.npz; the suffix may be in capitals. A missing folder is made on entering the block.
+            settings: JSON that says how the images are made, with "count" (number of images), "batch_size" (images in a
+                batch) and "image_size" (H, W). `count` may change until the file is finished.
 
         Raises:
             ValueError: another suffix, a folder that cannot be written, or a file or batches with other settings.
@@ -60,6 +60,7 @@ class Store:
         self._check()
 
     def _check(self) -> None:
+        """Raises ValueError if the file or its batches were made with other settings."""
         if self._path.exists():
             if not self._json.exists():
                 raise ValueError(f"npz: expected a new file or one that this command made, got {self._path}")
@@ -70,10 +71,15 @@ class Store:
             resuming.check_settings("npz", self._parts, _settings(self._parts / "settings.json"), begun)
 
     def __enter__(self) -> Self:
-        """Keeps other runs out. ValueError, FolderInUse as from the constructor, or if another run is at work."""
+        """Takes the lock and records the settings.
+
+        Raises:
+            FolderInUse: another run writes the same file.
+            ValueError: as from the constructor.
+        """
         self._lock.enter_context(folder_lock.hold(self._parts, "sampling"))
         try:
-            self._check()  # again: another run may have ended since
+            self._check()  # another run may have ended since the constructor checked
             if jax.process_index() == 0 and not self.is_complete():
                 resuming.write_whole(self._parts / "settings.json", json.dumps(self._settings, indent=2) + "\n")
         except BaseException:
@@ -89,20 +95,21 @@ class Store:
             shutil.rmtree(self._parts, ignore_errors=True)
 
     def is_complete(self) -> bool:
+        """Returns whether the file is finished."""
         return self._path.exists()
 
     def missing(self) -> list[int]:
-        """Returns the batches, by their first image, that this process has to make; removes damaged ones."""
+        """Returns the first image numbers of the batches that this process must still make; removes damaged batches."""
         mine = self._starts[jax.process_index() :: jax.process_count()]
         for start in mine:
             part = self._part(start)
             if part.exists() and not self._is_batch(part, min(self._batch_size, self._count - start)):
-                _log.warning("%s: not a batch of this run, will be made again", part)
+                _log.warning("%s: not a batch of this run; it is made again", part)
                 part.unlink()
         return [start for start in mine if not self._part(start).exists()]
 
     def write(self, start: int, images: np.ndarray, labels: np.ndarray) -> None:
-        """Writes a batch in one piece.
+        """Writes a batch; its file appears when it is complete.
 
         Args:
             start: number of its first image.
@@ -121,10 +128,10 @@ class Store:
         os.replace(part, self._part(start))
 
     def assemble(self) -> None:
-        """Makes one file of the batches, holding one of them at a time; waits for the other processes.
+        """Joins the batches into one file, with one batch in memory at a time; waits for the other processes.
 
         Raises:
-            ValueError: a batch is damaged; the message names it.
+            ValueError: a batch is damaged; the message names its file.
         """
         resuming.wait_for_all("batches")
         if jax.process_index() == 0:
@@ -138,7 +145,7 @@ class Store:
         resuming.wait_for_all("file")
 
     def first(self, count: int) -> np.ndarray:
-        """Returns the first images, uint8 (count, H, W, 3) or fewer."""
+        """Returns the first `count` images, uint8 (count, H, W, 3), or all if the file has fewer."""
         return next(image_blocks(str(self._path), count))
 
     @property
@@ -149,7 +156,7 @@ class Store:
         return self._parts / f"{start:08d}.npz"
 
     def _is_batch(self, part: Path, rows: int) -> bool:
-        """Whether the headers of a batch are right; its contents are checked when they are read."""
+        """Returns whether a batch's headers are right; `assemble` checks the contents."""
         try:
             with _array(part, "images") as (_, shape, dtype), _array(part, "labels") as (_, labels, kind):
                 are_images = dtype == np.uint8 and shape == (rows, *self._shape)
@@ -158,6 +165,7 @@ class Store:
             return False
 
     def _of_all(self, name: str) -> Iterator[np.ndarray]:
+        """Yields an array of each batch; removes a damaged batch and raises ValueError."""
         for start in self._starts:
             try:
                 with np.load(self._part(start)) as part:
@@ -171,13 +179,14 @@ class Store:
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
-    """Returns images of about -1 to 1 (any shape) as uint8, 0 to 255. ValueError for NaN or Inf."""
+    """Returns images of any shape, about -1 to 1, as uint8 0 to 255; ValueError for NaN or Inf."""
     if not np.all(np.isfinite(images)):
         raise ValueError("images: expected finite numbers, got NaN or Inf: the network's parameters may be wrong")
     return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def _settings(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; ValueError if the file holds none."""
     try:
         settings = json.loads(path.read_text())
         if isinstance(settings, dict):
@@ -189,7 +198,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def image_count(path: str) -> int:
-    """Returns the number of images in a .npz file. Raises as `image_blocks`."""
+    """Returns the number of images in a .npz file; raises the errors of `image_blocks`."""
     with _opened(path) as (_, shape):
         return shape[0]
 
@@ -212,7 +221,7 @@ def image_blocks(path: str, size: int = 1000) -> Iterator[np.ndarray]:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """Opens the images of a file: their bytes and their shape."""
+    """Opens the images of a .npz file and yields a stream of their bytes, and their shape (N, H, W, 3)."""
     try:
         with _array(path, IMAGES) as (file, shape, dtype):
             if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or min(shape[1:3]) < 1:
@@ -225,7 +234,7 @@ def _opened(path: str) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
 
 @contextlib.contextmanager
 def _array(path: str | Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-    """Opens an array of a .npz file: its bytes, shape and dtype. ValueError for one that is stored by columns."""
+    """Opens an array of a .npz file and yields a stream of its bytes, shape and dtype; ValueError for Fortran order."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -238,6 +247,7 @@ def _array(path: str | Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, 
 def _write_array(
     archive: zipfile.ZipFile, name: str, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: Any
 ) -> None:
+    """Writes an array of a known shape in parts along its first axis."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         np.lib.format.write_array_header_1_0(file, header)

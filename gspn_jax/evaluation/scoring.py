@@ -1,4 +1,4 @@
-"""Scores of a file of images: FID, sFID, inception score, precision and recall, or a distance by a classifier."""
+"""Scores of an archive of images: FID, sFID, inception score, precision and recall, or a classifier's distance."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,34 +23,42 @@ from gspn_jax.evaluation.inception import Inception
 
 Features = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 POOLED, SPATIAL, LOGITS = "2048", "mixed_6_conv", "logits_unbiased"
-_BLOCK = 500  # images that are read at a time
+_BLOCK = 500  # images read at a time
 
 
 def inception_features(model: Inception, batch_size: int = 50) -> Features:
-    """Returns images uint8 (B, H, W, 3) -> {POOLED: (B, 2048), SPATIAL: (B, 2023), LOGITS: (B, 1008)}, float32."""
+    """Returns a function from images to the features that the scores need.
+
+    Args:
+        model: the Inception network.
+        batch_size: see `gspn_jax.batching.batched`.
+
+    Returns:
+        images uint8 (B, H, W, 3) -> {POOLED: (B, 2048), SPATIAL: (B, 2023), LOGITS: (B, 1008)}, float32.
+    """
     graph, state = nnx.split(model)
 
     def compute(state: Any, images: jax.Array) -> dict[str, jax.Array]:
         features = nnx.merge(graph, state)(images)
-        spatial = features[SPATIAL].reshape(len(images), -1)
+        spatial = features[SPATIAL].reshape(len(images), -1)  # (B, 17, 17, 7) to (B, 2023)
         return {POOLED: features[POOLED], SPATIAL: spatial, LOGITS: features[LOGITS]}
 
     return batched(compute, state, batch_size)
 
 
 def score_by_inception(images: str, statistics: str, features: Features, *, splits: int = 10) -> dict[str, float]:
-    """Compares images with a reference as the field does.
+    """Compares images with a reference by FID, sFID, inception score, precision and recall.
 
     Args:
         images: .npz file with arr_0, uint8 (N, H, W, 3).
-        statistics: .npz file of the reference: moments mu and sigma, for sFID mu_s and sigma_s, images arr_0 for
-            precision, recall and for moments that it lacks.
+        statistics: .npz file of the reference. It holds moments mu and sigma, mu_s and sigma_s for sFID, and images
+            arr_0. Precision and recall need the images; moments that are missing are computed from them.
         features: see `inception_features`.
         splits: parts of the images for the inception score.
 
     Returns:
-        "images", "fid", "inception_score", "inception_score_deviation" and, as far as the reference allows, "sfid",
-        "precision" and "recall".
+        "images" (their number), "fid", "inception_score" and "inception_score_deviation"; "sfid" if the reference has
+        moments or images for it; "precision" and "recall" if the reference has images.
 
     Raises:
         ValueError: a file is missing or damaged, or features are not finite.
@@ -85,13 +93,14 @@ def score_by_inception(images: str, statistics: str, features: Features, *, spli
 def score_by_classifier(
     images: str, reference: Iterable[Mapping[str, np.ndarray]], features: Features, *, image_size: tuple[int, int]
 ) -> dict[str, float]:
-    """Compares images with others by the features of a classifier. This is not FID.
+    """Compares images with reference images by the features of a classifier. The distance is not FID.
 
     Args:
-        images: .npz file with arr_0, uint8 (N, H, W, 3), and maybe labels arr_1, (N,).
-        reference: batches {"image": uint8 (B, H, W, 3), "mask": bool (B,)}, as of `gspn_jax.data.evaluation_batches`.
+        images: .npz file with arr_0, uint8 (N, H, W, 3), and optionally integer labels arr_1, (N,).
+        reference: batches {"image": uint8 (B, H, W, 3), "mask": bool (B,)}, such as
+            `gspn_jax.data.evaluation_batches` yields.
         features: images uint8 (B, H, W, 3) -> {"features": (B, F), "logits": (B, classes)}.
-        image_size: (H, W) that the classifier takes.
+        image_size: (H, W) of the classifier's input.
 
     Returns:
         "images", "reference_images", "classifier_frechet_distance" and, if the file has labels, "recognised": the share
@@ -124,7 +133,21 @@ def _features_of_file(
     kept: Sequence[str],
     shape: tuple[int, ...] | None = None,
 ) -> tuple[dict[str, Moments], dict[str, np.ndarray]]:
-    """Returns moments of some features, and all rows of others, of a file's images."""
+    """Computes features of all images of a file.
+
+    Args:
+        path: .npz file.
+        features: see `inception_features`.
+        moments: names of the features whose moments are returned.
+        kept: names of the features whose rows are returned.
+        shape: expected (H, W, 3), or None for any.
+
+    Returns:
+        Moments by name, and rows (N, F) by name.
+
+    Raises:
+        ValueError: images of another shape, or features that are not finite.
+    """
     sums: dict[str, RunningMoments] = {}
     rows: dict[str, list[np.ndarray]] = {name: [] for name in kept}
     for block in tqdm(image_blocks(path, _BLOCK), unit="block", desc=Path(path).name):
@@ -142,6 +165,7 @@ def _features_of_file(
 
 
 def _finite(features: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Returns its argument; ValueError for NaN or Inf."""
     for name, values in features.items():
         if not np.all(np.isfinite(values)):
             raise ValueError(
@@ -151,7 +175,7 @@ def _finite(features: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
 
 
 def _given_moments(path: str) -> tuple[dict[str, Moments], bool]:
-    """Returns the moments in a file of statistics, and whether it has images.
+    """Returns the moments in a file of statistics by name of their features, and whether the file has images.
 
     Raises:
         ValueError: the file is missing or damaged, or moments have wrong shapes or are not finite.
@@ -173,6 +197,7 @@ def _given_moments(path: str) -> tuple[dict[str, Moments], bool]:
 
 
 def _counted(images: str, least: int) -> int:
+    """Returns the number of images in a file; ValueError for fewer than `least`."""
     count = image_count(images)
     if count < least:
         raise ValueError(f"images: expected at least {least} in {images}, got {count}")
@@ -180,7 +205,7 @@ def _counted(images: str, least: int) -> int:
 
 
 def _labels(images: str) -> np.ndarray | None:
-    """Returns the label of each image; None if the file has no labels."""
+    """Returns the labels, (N,) integers, or None if the file has none; ValueError for another shape or dtype."""
     count = image_count(images)
     try:
         with np.load(images) as file:

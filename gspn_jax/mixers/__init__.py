@@ -1,7 +1,7 @@
 """Token mixers: modules on (B, H, W, C) maps, one file each, in one registry.
 
-A mixer is built as `Mixer(features, dtype=..., rngs=..., **options)` and called on a map (B, H, W, features); it
-returns a map of the same shape. One that can work locally also takes `chunk`, the number of lines after which its
+A mixer is built by `Mixer(features, dtype=..., rngs=..., **options)`. Its call takes a map (B, H, W, features) and
+returns a map of the same shape. A mixer with a local form also takes `chunk`, the number of lines after which its
 scans restart (None: global). To add a mixer, write its file and add a line to `MIXERS`.
 """
 
@@ -32,12 +32,12 @@ MIXERS: dict[str, MixerBuilder] = {
     "attention": SoftmaxAttention,
 }
 
-# What the network that holds a mixer decides.
+# Arguments that the network passes to its mixers.
 _GIVEN = ("features", "chunk", "dtype", "rngs")
 
 
 def find_mixer(mixer: str | MixerBuilder) -> MixerBuilder:
-    """Returns the class or function that builds a mixer; ValueError for a name that is not in `MIXERS`."""
+    """Returns the class or function that builds a mixer; ValueError if `MIXERS` lacks the name."""
     if callable(mixer):
         return mixer
     if mixer not in MIXERS:
@@ -51,26 +51,26 @@ def call_parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         build = build.func
     if not isinstance(build, type):
         return dict(inspect.signature(build).parameters)
-    # Not the signature of the class: NNX modules hide theirs behind (*args, **kwargs).
+    # The signature of the class itself shows only (*args, **kwargs) for NNX modules.
     return dict(list(inspect.signature(build.__init__).parameters.items())[1:])
 
 
 def mixer_options(mixer: str | MixerBuilder) -> tuple[frozenset[str], bool]:
-    """Returns the options of a mixer that a network leaves open, and whether it takes any others too (`**options`)."""
+    """Returns the names of a mixer's options that its network does not set, and whether it takes `**options`."""
     parameters = call_parameters(find_mixer(mixer)).values()
     names = frozenset(p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD))
     return names - set(_GIVEN), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def mixer_builder(mixer: str | MixerBuilder, options: Mapping[str, Any] | None = None) -> MixerBuilder:
-    """Returns what a network calls for each of its blocks: builder(features, chunk=..., dtype=..., rngs=...).
+    """Returns builder(features, chunk=..., dtype=..., rngs=...), which a network calls for each of its blocks.
 
     Args:
-        mixer: a name in `MIXERS`, or a callable as the head of this file describes.
-        options: further arguments of the mixer. `chunk` is left out for a mixer that does not take it.
+        mixer: a name in `MIXERS`, or a callable that builds a mixer as this module's docstring describes.
+        options: further arguments of the mixer. The builder drops `chunk` if the mixer does not take it.
 
     Raises:
-        ValueError: the name is not known.
+        ValueError: `MIXERS` lacks the name.
     """
     build = functools.partial(find_mixer(mixer), **(options or {}))
     parameters = call_parameters(build)

@@ -12,7 +12,7 @@ HEAD_WIDTH = 32
 class SoftmaxAttention(nnx.Module):
     """Multi-head softmax self-attention over all pixels of a map, (B, H, W, C) to (B, H, W, C).
 
-    Without positional embedding, like GSPN: in the classifiers the depthwise convolution before it sees positions.
+    It has no positional embedding, like GSPN. In the classifiers, the depthwise convolution before it sees positions.
     """
 
     def __init__(
@@ -25,15 +25,18 @@ class SoftmaxAttention(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Makes the projections.
+        """Initialises the projections.
 
         Args:
             features: C, the channels of the map.
-            num_heads: a divisor of C; by default the largest number of heads of at least 32 channels that divides it.
+            num_heads: a divisor of C; None takes the largest divisor that gives each head at least 32 channels.
             use_bias: whether the projections have biases.
-            dtype: of the computation; the softmax is float32.
-            param_dtype: of the parameters.
+            dtype: dtype of the computation; the softmax is float32.
+            param_dtype: dtype of the parameters.
             rngs: source of the initial parameters.
+
+        Raises:
+            ValueError: features is less than 1, or num_heads does not divide it.
         """
         if features < 1:
             raise ValueError(f"features: expected at least 1, got {features}")
@@ -47,6 +50,7 @@ class SoftmaxAttention(nnx.Module):
         self.out = nnx.Linear(features, features, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (B, H, W, C) in the dtype of the computation, for x (B, H, W, C); ValueError for another shape."""
         features = self.qkv.in_features
         if x.ndim != 4 or x.shape[-1] != features:
             raise ValueError(f"x: expected shape (B, H, W, {features}), got {x.shape}")

@@ -1,4 +1,4 @@
-"""The GSPN module: maps from a low-rank proxy, and their propagation (GSPN, section 3)."""
+"""The GSPN module (GSPN, section 3): four line scans whose weights are predicted from the map."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from pallas_kernels import VARIANTS, UpProjection, propagate, propagate_low_rank
 from pallas_kernels.propagation import ALIGNMENTS
 from pallas_kernels.up_projection import maps_of
 
-# Where the kernels load by TMA, rows of channels are multiples of 16 bytes.
+# TMA loads need rows of channels whose length is a multiple of 16 bytes.
 CHANNEL_MULTIPLE = 8
 
-# Uniform in +-1 / sqrt(fan in), which is what the authors' program starts its convolutions with.
+# Uniform in +-1 / sqrt(fan in), the initialisation of convolutions in the authors' program.
 FAN_IN_UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class GSPNMixer(nnx.Module):
-    """Propagation of a map in four directions by weights made of the map itself, (B, H, W, C) to (B, H, W, C).
+    """Propagates a map in four directions by weights that it predicts from the map, (B, H, W, C) to (B, H, W, C).
 
-    A proxy of `proxy_rank` channels is a linear function of the map; the logits of the weights, lam, gate and skip are
-    linear functions of the proxy. Nothing has a bias, and no position is embedded: the order of the scans tells it.
+    A proxy of `proxy_rank` channels is a linear function of the map. The logits of the weights, lam, gate and skip are
+    linear functions of the proxy. There are no biases and no positional embedding: the scans' order encodes positions.
     """
 
     def __init__(
@@ -40,20 +40,29 @@ class GSPNMixer(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Args:
-        features: C.
-        proxy_rank: channels of the proxy.
-        weight_channels: channels of the weight maps, a divisor of the channels that propagate; 1 is GSPN-2's one
-          affinity for all, None one each.
-        propagation_channels: propagates that many channels, between two projections (GSPN-2's compact propagation);
-          None propagates the map itself. The proxy is made of the whole map in either case.
-        chunk: lines after which the scans restart (local GSPN); None: global, at every resolution.
-        alignment: "aligned" or "unturned", as in `pallas_kernels.propagate`.
-        implementation: of the propagation; None takes the fastest.
-        variant: of the Mosaic kernels, as in `pallas_kernels.propagate_low_rank`; None for the fastest by their table.
-        keep_states: keeps the hidden states of the four directions for the gradient, four maps in `dtype`; else the
-          propagation runs again in the backward pass.
-        dtype: of the computation; the hidden state is float32.
+        """Initialises the projections.
+
+        Args:
+            features: C, the channels of the map.
+            proxy_rank: channels of the proxy.
+            weight_channels: channels of the weight maps, a divisor of the channels that propagate. 1 shares one
+                affinity between all channels (GSPN-2); None gives each channel its own.
+            propagation_channels: projects the map to this many channels, propagates them and projects back (GSPN-2's
+                compact propagation). None propagates the C channels. The proxy is computed from the C channels in
+                either case.
+            chunk: lines after which the scans restart (local GSPN); None: global, at every resolution.
+            alignment: "aligned" or "unturned", as in `pallas_kernels.propagate`.
+            implementation: of the propagation, as in `pallas_kernels.propagate`; None takes the fastest available.
+            variant: Mosaic kernel variant, as in `pallas_kernels.propagate_low_rank`; None takes the fastest by the
+                measured table.
+            keep_states: keeps the hidden states of the four directions for the gradient, four maps in `dtype`. False
+                runs the propagation again in the backward pass.
+            dtype: dtype of the computation; the hidden state is float32.
+            param_dtype: dtype of the parameters.
+            rngs: source of the initial parameters.
+
+        Raises:
+            ValueError: an argument out of range; the message names it.
         """
         channels = features if propagation_channels is None else propagation_channels
         for name, value in (("features", features), ("proxy_rank", proxy_rank), ("propagation_channels", channels)):
@@ -96,16 +105,17 @@ class GSPNMixer(nnx.Module):
         self.expand = linear(channels, features) if compact else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns (B, H, W, C) in the dtype of the computation, for x (B, H, W, C); ValueError for another shape."""
         features = self.proxy.in_features
         if x.ndim != 4 or x.shape[-1] != features:
             raise ValueError(f"x: expected shape (B, H, W, {features}), got {x.shape}")
-        proxy = self.proxy(x)
-        x = x.astype(self.dtype) if self.reduce is None else self.reduce(x)
+        proxy = self.proxy(x)  # (B, H, W, proxy_rank)
+        x = x.astype(self.dtype) if self.reduce is None else self.reduce(x)  # (B, H, W, channels that propagate)
         groups, size = _padded_channels(self.channels, self.weight_channels)
         pad_groups, pad_size = groups - self.weight_channels, size - self.channels // self.weight_channels
 
         def pad(array: jax.Array) -> jax.Array:
-            """(..., channels) with zeros up to the channels that propagate."""
+            """Returns (..., groups * size): (..., channels) with zero channels added."""
             if pad_groups == pad_size == 0:
                 return array
             array = array.reshape(*array.shape[:-1], self.weight_channels, -1)
@@ -113,9 +123,10 @@ class GSPNMixer(nnx.Module):
             return array.reshape(*array.shape[:-2], groups * size)
 
         def columns(projection: nnx.Linear) -> jax.Array:
-            # Zero columns are added to the projection, not to its result.
+            # Pads the kernel instead of the maps: (rank, 4, channels) to (rank, 4, groups * size).
             return pad(projection.kernel[...].astype(self.dtype).reshape(-1, 4, self.channels))
 
+        # (rank, direction, slot, weight channel)
         logits = self.logits.kernel[...].astype(self.dtype).reshape(-1, 4, 3, self.weight_channels)
         logits = jnp.pad(logits, [(0, 0)] * 3 + [(0, pad_groups)])
         up = UpProjection(logits, *(columns(projection) for projection in (self.lam, self.gate, self.skip)))
@@ -131,19 +142,21 @@ class GSPNMixer(nnx.Module):
         return y if self.expand is None else self.expand(y)
 
     def _unpad(self, y: jax.Array, groups: int, size: int) -> jax.Array:
+        """Returns (..., channels): (..., groups * size) without the added zero channels."""
         y = y.reshape(*y.shape[:-1], groups, size)
         y = y[..., : self.weight_channels, : self.channels // self.weight_channels]
         return y.reshape(*y.shape[:-2], self.channels)
 
 
 def _padded_channels(channels: int, weight_channels: int) -> tuple[int, int]:
-    """The least (weight channels, channels that share each) of at least the given ones, in all a multiple of 8.
+    """Returns the smallest (weight channels, channels per weight channel) whose product is a multiple of 8.
 
-    Channel c uses weight channel c // size: either more groups are added at the end, or each group grows.
+    Channel c uses weight channel c // size, so padding either adds groups at the end or enlarges every group.
     """
     size = channels // weight_channels
 
     def grown(start: int, factor: int) -> int:
+        """Returns the least n >= start for which n * factor is a multiple of 8."""
         return next(n for n in range(start, start + CHANNEL_MULTIPLE) if n * factor % CHANNEL_MULTIPLE == 0)
 
     return min(

@@ -1,6 +1,7 @@
 """The autoencoder of latent diffusion (arXiv 2112.10752; "AutoencoderKL"): images to latents of 1/8 of their side.
 
-Maps are channels-last. A level is a row of residual blocks and, but for the innermost, a change of resolution by two.
+Maps are channels-last. A level is a sequence of residual blocks; all levels but the innermost then change the
+resolution by a factor of two.
 """
 
 from collections.abc import Sequence
@@ -10,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# Of Stable Diffusion: networks denoise latents times LATENT_SCALE, which have about unit variance; LATENT_FACTOR pixels
-# of an image's side make one of the latents'.
+# Stable Diffusion's autoencoder: latents times LATENT_SCALE have about unit variance, and networks denoise those.
+# An image's side is LATENT_FACTOR times the latents' side.
 LATENT_SCALE = 0.18215
 LATENT_FACTOR = 8
-_LOG_VARIANCES = -30.0, 20.0  # as far as they are believed
+_LOG_VARIANCES = -30.0, 20.0  # bounds of the predicted log variances
 
 
 class ResBlock(nnx.Module):
-    """Twice group norm, SiLU and 3x3 convolution, added to the input, by way of a 1x1 one where widths differ."""
+    """Residual block of two (group norm, SiLU, 3x3 convolution); the shortcut is a 1x1 convolution if widths differ."""
 
     def __init__(self, inputs: int, outputs: int, *, norm_groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.first_norm = _norm(inputs, norm_groups, dtype=dtype, rngs=rngs)
@@ -34,7 +35,7 @@ class ResBlock(nnx.Module):
 
 
 class AttentionBlock(nnx.Module):
-    """Softmax attention with one head over all pixels of a map, added to it."""
+    """Residual block of softmax attention with one head over all pixels of a map."""
 
     def __init__(self, features: int, *, norm_groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = _norm(features, norm_groups, dtype=dtype, rngs=rngs)
@@ -44,7 +45,7 @@ class AttentionBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, features = x.shape
-        rows = self.norm(x).reshape(batch, height * width, 1, features)
+        rows = self.norm(x).reshape(batch, height * width, 1, features)  # (B, H W, one head, C)
         mixed = jax.nn.dot_product_attention(self.query(rows), self.key(rows), self.value(rows))
         return x + self.out(mixed).reshape(x.shape)
 
@@ -62,7 +63,7 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks, then half or twice the resolution if `resample` says "down" or "up"."""
+    """Residual blocks, then a convolution that halves ("down") or doubles ("up") the resolution, or None."""
 
     def __init__(self, inputs: int, outputs: int, count: int, resample: str | None, **options: Any):
         widths = [inputs, *[outputs] * count]
@@ -82,7 +83,7 @@ class Level(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images to what latents are made of."""
+    """Maps images (B, H, W, channels) to (B, H / factor, W / factor, outputs)."""
 
     def __init__(self, channels: int, widths: Sequence[int], blocks: int, outputs: int, **options: Any):
         plain = {key: value for key, value in options.items() if key != "norm_groups"}
@@ -104,7 +105,10 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The way back: the middle first, then levels with one block more."""
+    """Maps latents (B, h, w, inputs) to images (B, factor h, factor w, channels).
+
+    It mirrors the encoder; each level has one residual block more.
+    """
 
     def __init__(self, inputs: int, widths: Sequence[int], blocks: int, channels: int, **options: Any):
         plain = {key: value for key, value in options.items() if key != "norm_groups"}
@@ -126,7 +130,13 @@ class Decoder(nnx.Module):
 
 
 class Autoencoder(nnx.Module):
-    """Images (B, H, W, channels), about -1 to 1, to normal distributions of latents, and latents to images."""
+    """Encodes images (B, H, W, channels), about -1 to 1, to normal distributions of latents, and decodes latents.
+
+    Attributes:
+        factor: side of an image divided by the side of its latents.
+        channels: channels of an image.
+        latent_channels: channels of the latents.
+    """
 
     def __init__(
         self,
@@ -139,11 +149,19 @@ class Autoencoder(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Args:
-        widths: channels of each level, from the images on.
-        blocks: residual blocks of a level of the encoder; the decoder has one more.
-        norm_groups: of channels that are normalised together, a divisor of every width.
-        dtype: of the computation.
+        """Initialises encoder and decoder.
+
+        Args:
+            widths: channels of each level, finest first.
+            blocks: residual blocks in a level of the encoder; a level of the decoder has one more.
+            channels: channels of an image.
+            latent_channels: channels of the latents.
+            norm_groups: groups of the group norms, a divisor of every width.
+            dtype: dtype of the computation; parameters are float32.
+            rngs: source of the initial parameters.
+
+        Raises:
+            ValueError: norm_groups does not divide every width.
         """
         for width in widths:
             if width % norm_groups:
@@ -157,10 +175,15 @@ class Autoencoder(nnx.Module):
         self.decoder = Decoder(latent_channels, tuple(widths), blocks, channels, **options)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log variance of the latents, (B, H / factor, W / factor, latent_channels) float32; not scaled.
+        """Returns mean and log variance of the latents, each (B, H / factor, W / factor, latent_channels) float32.
+
+        They are not multiplied by LATENT_SCALE.
+
+        Args:
+            images: (B, H, W, channels), about -1 to 1.
 
         Raises:
-          ValueError: another number of channels, or sides that `factor` does not divide.
+            ValueError: another number of channels, or sides that `factor` does not divide.
         """
         shape = images.shape
         if len(shape) != 4 or shape[-1] != self.channels or shape[1] % self.factor or shape[2] % self.factor:
@@ -171,10 +194,13 @@ class Autoencoder(nnx.Module):
         return mean, jnp.clip(log_variance, *_LOG_VARIANCES)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Images, float32, of latents as `encode` gives them, not scaled.
+        """Returns images (B, factor h, factor w, channels) float32, about -1 to 1.
+
+        Args:
+            latents: (B, h, w, latent_channels), not multiplied by LATENT_SCALE.
 
         Raises:
-          ValueError: another number of channels.
+            ValueError: another number of channels.
         """
         if latents.ndim != 4 or latents.shape[-1] != self.latent_channels:
             raise ValueError(f"latents: expected shape (B, H, W, {self.latent_channels}), got {latents.shape}")
@@ -186,6 +212,6 @@ def _norm(features: int, norm_groups: int, **options: Any) -> nnx.GroupNorm:
 
 
 def _conv(inputs: int, outputs: int, size: int, *, stride: int = 1, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    # Where resolution is halved, the map has a border of zeros on two sides already.
+    # Before a strided convolution, `Level` pads the map on the bottom and on the right.
     padding = 0 if stride > 1 else size // 2
     return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)

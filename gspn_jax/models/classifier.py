@@ -1,7 +1,7 @@
 """GSPN classifiers (GSPN, section 4.1): four stages of local and global propagation blocks.
 
-The network that the authors released: a convolutional stem, stages of blocks at strides 4, 8, 16 and 32, each block a
-GSPN module between two projections and an MLP, a linear head on the mean of the last map.
+The network follows the authors' released code: a convolutional stem, stages of blocks at strides 4, 8, 16 and 32, and a
+linear head on the mean of the last map. Each block has a GSPN module between two projections, then an MLP.
 """
 
 import functools
@@ -21,12 +21,15 @@ _ACTIVATIONS = {"none": lambda x: x, "silu": jax.nn.silu}
 
 
 def is_global(index: int) -> bool:
-    """Whether block `index` of a stage with global propagation propagates globally: the first 7, then each 7th."""
+    """Returns whether block `index` of a global stage propagates globally: the first 7 and every 7th after them do."""
     return index < 7 or (index + 1) % 7 == 0
 
 
 class Block(nnx.Module):
-    """x + mixing(norm(x)), then x + MLP(norm(x)); mixing widens to the mixer's channels and narrows again."""
+    """Computes x + mixing(norm(x)), then x + MLP(norm(x)), on maps (B, H, W, features).
+
+    The mixing branch projects to expansion * features channels, mixes and projects back.
+    """
 
     def __init__(
         self,
@@ -61,12 +64,13 @@ class Block(nnx.Module):
         return layers.residual(x, lambda y: self.mlp(self.mlp_norm(y)), self.drop_path, second)
 
     def _mix(self, x: jax.Array) -> jax.Array:
+        # (B, H, W, features) to (B, H, W, inner) and back
         x = _ACTIVATIONS[self.activation](self.depthwise(self.widen(self.norm(x))))
         return self.narrow(self.response_norm(self.mixer_norm(self.mixer(x))))
 
 
 class Stem(nnx.Module):
-    """Images to the first map: two 3x3 convolutions of strides 2, 2 (or 2, 1 or 1, 1), each with its norm."""
+    """Maps images (B, H, W, 3) to (B, ceil(H / stride), ceil(W / stride), features) by two normed 3x3 convolutions."""
 
     def __init__(self, features: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         first, second = _STEM_STRIDES[stride]
@@ -82,7 +86,7 @@ class Stem(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Half the size, other channels: a 3x3 convolution of stride 2 and its norm."""
+    """Maps (B, H, W, inputs) to (B, ceil(H / 2), ceil(W / 2), outputs) by a 3x3 convolution of stride 2 and a norm."""
 
     def __init__(self, inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.conv = layers.conv3x3(inputs, outputs, 2, dtype=dtype, rngs=rngs)
@@ -93,7 +97,7 @@ class Downsample(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """Images (B, H, W, 3), normalised, to logits (B, num_classes) in float32. Any H, W >= 1, square or not."""
+    """Maps normalised images (B, H, W, 3), H and W at least 1, to logits (B, num_classes) float32."""
 
     def __init__(
         self,
@@ -113,18 +117,26 @@ class Classifier(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Args:
-        widths, depths: channels and blocks of each stage.
-        mixer: called as mixer(channels, chunk=..., dtype=..., rngs=...) for each block, gives a module on maps.
-        global_stages: stages, counted from 0, in which the blocks of `is_global` get chunk None.
-        chunk: of the other blocks, in lines.
-        stem_stride: 4, 2 or 1 pixels of the image to one of the first map.
-        expansion: the mixer's channels by the block's.
-        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-        activation: between depthwise convolution and mixer: "none", as in the released code, or "silu", as in the
-          paper's figure.
-        remat: computes each block again in the backward pass instead of keeping what is inside it.
-        dtype: of the computation; parameters are float32.
+        """Initialises the layers.
+
+        Args:
+            num_classes: outputs of the head.
+            widths, depths: channels and number of blocks of each stage.
+            mixer: called as mixer(channels, chunk=..., dtype=..., rngs=...) for each block; returns a module on maps.
+            global_stages: stages, counted from 0, whose blocks for which `is_global` holds get chunk None.
+            chunk: lines of a chunk in all other blocks.
+            stem_stride: side of the image divided by the side of the first map: 4, 2 or 1.
+            expansion: the mixer's channels divided by the block's.
+            mlp_ratio: hidden channels of an MLP divided by the block's channels.
+            drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+            activation: between depthwise convolution and mixer: "none", as in the released code, or "silu", as in the
+                paper's figure.
+            remat: recomputes each block in the backward pass instead of keeping its inner maps.
+            dtype: dtype of the computation; parameters are float32.
+            rngs: source of the initial parameters.
+
+        Raises:
+            ValueError: an argument out of range; the message names it.
         """
         if len(widths) != len(depths) or not widths:
             raise ValueError(f"depths: expected one for each of {len(widths)} widths (at least 1), got {len(depths)}")
@@ -163,16 +175,20 @@ class Classifier(nnx.Module):
         self.head = nnx.Linear(widths[-1], num_classes, kernel_init=layers.NORMAL, rngs=rngs)
 
     def stage_maps(self, images: jax.Array, *, key: jax.Array | None = None) -> list[jax.Array]:
-        """The map at the end of each stage, finest first, for use as a backbone.
+        """Returns the map at the end of each stage, finest first, for use as a backbone.
 
         Args:
-          images: (B, H, W, 3), normalised.
-          key: for stochastic depth; None for inference.
+            images: (B, H, W, 3), normalised.
+            key: PRNG key of stochastic depth; None for inference.
 
         Returns:
-          (B, ceil(H / s), ceil(W / s), width) in the dtype of the computation, s the stem's stride times 1, 2, 4, 8.
+            Maps (B, ceil(H / s), ceil(W / s), width) in the dtype of the computation; s is the stem's stride times 1,
+            2, 4, 8.
+
+        Raises:
+            ValueError: another shape.
         """
-        # Not the batch: its size may be symbolic, as `jax.export` allows.
+        # The batch is not checked: `jax.export` may make its size symbolic.
         if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:]) < 1:
             raise ValueError(f"images: expected shape (B, H, W, 3), got {images.shape}")
         x, maps = self.stem(images), []
@@ -187,16 +203,21 @@ class Classifier(nnx.Module):
         return maps
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Args:
-          images: (B, H, W, 3), normalised.
-          key: for stochastic depth while training; None for inference.
+        """Returns logits, (B, num_classes) float32.
 
-        Returns:
-          logits, (B, num_classes) float32.
+        Args:
+            images: (B, H, W, 3), normalised.
+            key: PRNG key of stochastic depth in training; None for inference.
+
+        Raises:
+            ValueError: another shape.
         """
         return self.head(self.features(images, key=key))
 
     def features(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """What the head sees, (B, last width) float32: the mean of the last map. Arguments as of a call."""
-        x = self.norm(self.stage_maps(images, key=key)[-1])
+        """Returns the input of the head, (B, last width) float32: the mean of the last map, normed.
+
+        Arguments and errors are those of a call.
+        """
+        x = self.norm(self.stage_maps(images, key=key)[-1])  # (B, h, w, last width)
         return jnp.mean(x.astype(self.head.param_dtype), axis=(1, 2))

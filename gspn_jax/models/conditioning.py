@@ -1,4 +1,4 @@
-"""Timestep and class of a denoiser: how they enter the network, and how they steer its last layer."""
+"""Conditioning of denoisers on timestep and class, and the output head that the condition modulates."""
 
 import math
 from typing import Any
@@ -13,17 +13,17 @@ FREQUENCIES = 128
 
 
 def timestep_features(timestep: jax.Array) -> jax.Array:
-    """Timesteps (B,), whole or not, to (B, 256) float32: cosines, then sines, of frequencies from 1 down to 1e-4."""
+    """Returns (B, 256) float32 for timesteps (B,), integers or floats: cosines, then sines, of rates 1 down to 1e-4."""
     rates = jnp.exp(-math.log(10_000) / FREQUENCIES * jnp.arange(FREQUENCIES, dtype=jnp.float32))
     angles = timestep.astype(jnp.float32)[:, None] * rates[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class Conditioning(nnx.Module):
-    """Timestep (B,) and label (B,) to the sum of their embeddings, (B, width) float32.
+    """Maps timestep (B,) and label (B,) to the sum of their embeddings, (B, width) float32.
 
-    Labels are 0..num_classes, the last one "no class", which training puts in the place of some labels and guidance
-    in the place of all. Any other label gives NaN.
+    Labels are 0..num_classes. Label num_classes means "no class": training replaces some labels by it, and guidance
+    uses it for the unconditional prediction. Any other label gives NaN.
     """
 
     def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
@@ -37,14 +37,14 @@ class Conditioning(nnx.Module):
 
 
 def plain_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over channels without parameters of its own, to float32: the condition scales and shifts its result."""
+    """Returns a parameter-free LayerNorm over channels, with float32 results; the condition scales and shifts them."""
     return nnx.LayerNorm(width, epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, rngs=rngs)
 
 
 class AdaptiveHead(nnx.Module):
-    """Tokens (B, H, W, C) to (B, H, W, outputs) float32: norm, scale and shift by the condition, linear.
+    """Maps tokens (B, H, W, C) to (B, H, W, outputs) float32: norm, scale and shift by the condition, linear layer.
 
-    Everything in it starts at zero, so that a fresh network predicts zero.
+    All its kernels start at zero, so a fresh network predicts zero.
     """
 
     def __init__(self, width: int, outputs: int, *, rngs: nnx.Rngs):
@@ -54,5 +54,6 @@ class AdaptiveHead(nnx.Module):
         self.linear = nnx.Linear(width, outputs, kernel_init=zero, rngs=rngs)
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        # condition (B, C) to shift and scale, (B, 1, 1, C) each
         shift, scale = jnp.split(self.modulation(jax.nn.silu(condition))[:, None, None], 2, axis=-1)
         return self.linear(self.norm(x.astype(jnp.float32)) * (1 + scale) + shift)

@@ -1,4 +1,4 @@
-"""Depthwise convolution in the fastest form of each backend."""
+"""Depthwise convolution in the form that is fastest on each backend."""
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +7,21 @@ from jax import lax
 
 @jax.custom_vjp
 def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Each channel convolved with its own odd square kernel, stride 1, zeros outside; sums in float32.
+    """Convolves each channel with its own odd square kernel, at stride 1 with zero padding.
 
-    On a CPU, XLA's grouped convolution is some 10 times slower than shifted multiply-adds, and its gradient more so:
-    there the sums are written out. Elsewhere it is `lax.conv_general_dilated`.
+    On a CPU, XLA's grouped convolution is about 10 times slower than shifted multiply-adds, and its gradient slower
+    still, so the CPU sums shifted maps, in float32 (float64 for float64). Other backends call
+    `lax.conv_general_dilated`. The custom gradient supports reverse mode only.
 
     Args:
-      x: (B, H, W, C) any float dtype.
-      kernel: (n, n, 1, C), n odd, in x's dtype.
+        x: (B, H, W, C) any float dtype.
+        kernel: (n, n, 1, C), n odd, in x's dtype.
 
     Returns:
-      (B, H, W, C) in x's dtype.
+        (B, H, W, C) in x's dtype.
 
     Raises:
-      ValueError: a kernel of another shape.
+        ValueError: a kernel of another shape.
     """
     size = kernel.shape[0]
     if kernel.shape != (size, size, 1, x.shape[-1]) or size % 2 == 0:
@@ -63,12 +64,12 @@ def _shifted(x, kernel):
 
 
 def _kernel_gradient(x, grad, size):
-    """Sum over images and lines of the product of each line with the `size` lines around it, (n, n, 1, C)."""
+    """Returns the kernel's gradient, (n, n, 1, C): sums over images of shifted products of x and grad."""
     batch, height, width, channels = x.shape
     dtype = sum_dtype(x)
     padded, grad = _pad(x.astype(dtype), size), grad.astype(dtype)
 
-    # Line by line, so that what is added up stays in the cache; columns are summed at the end.
+    # Sums line by line, so that the running total stays in the cache; columns are summed at the end.
     def add_line(total, index):
         image, row = index // height, index % height
         rows = lax.dynamic_slice(padded, (image, row, 0, 0), (1, size, padded.shape[2], channels))[0]
@@ -80,7 +81,7 @@ def _kernel_gradient(x, grad, size):
 
 
 def sum_dtype(x: jax.Array) -> jnp.dtype:
-    """What sums over x are made in: float64 for float64, else float32."""
+    """Returns the dtype for sums over x: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 

@@ -1,7 +1,8 @@
-"""Diffusion transformers (DiT, arXiv 2212.09748): the comparators of the generators, as a denoiser of latents.
+"""Diffusion transformers (DiT, arXiv 2212.09748): denoisers of latents, the baseline for the GSPN generators.
 
-Patches of the latents become tokens with sine-cosine positions; timestep and class steer every block by adaLN-zero:
-they give shift, scale and gate of its two branches, and start at zero. SiT is the same network under another objective.
+Patches of the latents become tokens with sine-cosine positions. Timestep and class condition every block by adaLN-zero
+(section 3.2): they set shift, scale and gate of its two branches, which start at zero. SiT is the same network with
+another objective.
 """
 
 import functools
@@ -22,7 +23,7 @@ from pallas_kernels import named_layer
 
 
 class DiTBlock(nnx.Module):
-    """Mixing and an MLP, each of a norm that the condition shifts and scales, each gated by it."""
+    """A mixer and an MLP as residual branches; the condition shifts, scales and gates each (adaLN-zero)."""
 
     def __init__(self, width: int, *, mixer: MixerBuilder, mlp_ratio: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         zero = nnx.initializers.zeros
@@ -34,7 +35,13 @@ class DiTBlock(nnx.Module):
         self.mlp = layers.MLP(width, hidden, kernel_init=XAVIER, approximate=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-        """x: (B, H, W, width) float32; condition: (B, width) float32."""
+        """Returns (B, H, W, width) float32.
+
+        Args:
+            x: tokens, (B, H, W, width) float32.
+            condition: (B, width) float32.
+        """
+        # (B, width) to six of (B, 1, 1, width)
         parts = jnp.split(self.modulation(jax.nn.silu(condition))[:, None, None], 6, axis=-1)
         for branch, (shift, scale, gate) in ((self.mixer, parts[:3]), (self.mlp, parts[3:])):
             modulated = self.norm(x) * (1 + scale) + shift
@@ -43,7 +50,10 @@ class DiTBlock(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """Noisy latents, timestep and class to noise and variance. Any map of whole patches, square or not."""
+    """Predicts noise and variance channels from noisy latents, timestep and class.
+
+    Latents may have any height and width that `patch` divides.
+    """
 
     def __init__(
         self,
@@ -59,16 +69,22 @@ class DiT(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Args:
-        num_classes: classes beside "no class".
-        width: channels of the tokens, a multiple of 4.
-        depth: blocks.
-        mixer: called as mixer(width, chunk=None, dtype=..., rngs=...), gives a module on maps.
-        patch: rows and columns of the latents that make one token.
-        in_channels: of the latents.
-        mlp_ratio: hidden channels of an MLP, relative to width.
-        remat: computes each block again in the backward pass instead of keeping what is inside it.
-        dtype: of the computation; parameters, residual stream, norms and the last layer are float32.
+        """Initialises the layers.
+
+        Args:
+            num_classes: number of classes, without "no class".
+            width: channels of the tokens, a multiple of 4.
+            depth: number of blocks.
+            mixer: called as mixer(width, chunk=None, dtype=..., rngs=...); returns a module on maps.
+            patch: side of a token's patch in latent pixels.
+            in_channels: channels of the latents.
+            mlp_ratio: hidden channels of an MLP divided by width.
+            remat: recomputes each block in the backward pass instead of keeping its inner maps.
+            dtype: dtype of the computation; parameters, residual stream, norms and the last layer are float32.
+            rngs: source of the initial parameters.
+
+        Raises:
+            ValueError: an argument out of range; the message names it.
         """
         check_counts(num_classes=num_classes, width=width, depth=depth, patch=patch, in_channels=in_channels)
         check_positive(mlp_ratio=mlp_ratio)
@@ -87,16 +103,17 @@ class DiT(nnx.Module):
     def __call__(
         self, latents: jax.Array, timestep: jax.Array, label: jax.Array, *, key: jax.Array | None = None
     ) -> jax.Array:
-        """Arguments, result and errors as of `Generator`; nothing is random, so that `key` is not used."""
+        """Predicts as `Generator` does, with the same arguments, result and errors; `key` is not used."""
         check_inputs(latents, timestep, label, channels=self.in_channels, patch=self.patch)
         condition = self.conditioning(timestep, label)
+        # (B, H, W, in_channels) to tokens (B, H / patch, W / patch, width)
         x = self.embed(layers.patches(latents, self.patch)).astype(jnp.float32)
         x += positions(*x.shape[1:])[None]
 
         def step(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
             return nnx.merge(self.block, state)(x, condition), None
 
-        # In a scan nothing can undo the recomputation, so that it needs no barriers against it.
+        # A scan's body is compiled apart from the forward pass, so common subexpressions cannot undo the recomputation.
         step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
         with named_layer(f"blocks 0 to {self.depth - 1}"):
             x, _ = jax.lax.scan(step, x, nnx.state(self.blocks))
@@ -104,7 +121,11 @@ class DiT(nnx.Module):
 
 
 def positions(height: int, width: int, channels: int) -> np.ndarray:
-    """(height, width, channels) float32: of the column, then of the row, sines and then cosines of rates 1 to 1e-4."""
+    """Returns sine-cosine positions, (height, width, channels) float32.
+
+    The first half of the channels encodes the column, the second the row; each has sines, then cosines, of rates 1 down
+    to 1e-4.
+    """
     rates = 10_000.0 ** -(np.arange(channels // 4) / (channels // 4))
     row, column = (np.arange(size)[:, None] * rates for size in (height, width))
     row, column = (np.concatenate([np.sin(angles), np.cos(angles)], axis=1) for angles in (row, column))

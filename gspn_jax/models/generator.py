@@ -1,12 +1,12 @@
 """GSPN generators (GSPN, section 4.2): denoisers of latents for class-conditional diffusion.
 
-The network that the authors released: patches of the latents become tokens, timestep and class are added to them once,
-then come in-blocks, one block in the middle, and as many out-blocks, each of which also reads what the in-block at its
-mirror image put out (a long skip). No position is embedded: the order of the scans tells it.
+The network follows the authors' released code. Patches of the latents become tokens, and the embeddings of timestep and
+class are added to them once. Then follow in-blocks, one middle block, and as many out-blocks; each out-block also reads
+the output of its mirrored in-block (a long skip). There is no positional embedding: the scans' order encodes positions.
 
-What blocks add up to, the residual stream, travels beside what the last block put out, the hidden map: a block first
-adds the one to the other. The blocks of each side have their parameters stacked on a first axis and run in a
-`jax.lax.scan`, so that compile time does not grow with depth.
+A block takes two maps: the residual stream, and the hidden map, which is the previous block's output. It first adds the
+hidden map to the residual stream. The parameters of in-blocks and of out-blocks are stacked on a first axis, and each
+stack runs in a `jax.lax.scan`, so that compile time does not grow with depth.
 """
 
 import functools
@@ -29,12 +29,12 @@ from pallas_kernels import named_layer
 
 XAVIER = nnx.initializers.xavier_uniform()
 
-# Blocks in a row that differ in their parameters alone: what merges with the parameters of one, and how many they are.
+# Consecutive blocks that differ only in their parameters: the graph of one block, and the number of blocks.
 Run = tuple[nnx.GraphDef, int]
 
 
 class Block(nnx.Module):
-    """residual + hidden, then mixing and feed-forward of its norm; out-blocks first join hidden with a long skip."""
+    """Adds hidden to residual, then applies norm, mixing and feed-forward; out-blocks first merge in a long skip."""
 
     def __init__(
         self,
@@ -65,14 +65,14 @@ class Block(nnx.Module):
         rate: float | jax.Array = 0.0,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Args:
-          hidden: what the block before put out, (B, H, W, width).
-          residual: the sum of what all others put out, float32.
-          skip: for an out-block, what its in-block put out, alone in a tuple.
-          rate, key: an image loses `hidden` with probability `rate`; key None keeps all.
+        """Returns the next hidden map and residual stream, both (B, H, W, width), the latter float32.
 
-        Returns:
-          the next hidden and residual.
+        Args:
+            hidden: the previous block's output, (B, H, W, width).
+            residual: the sum of all outputs before it, (B, H, W, width) float32.
+            skip: for an out-block, a tuple with its in-block's output, (B, H, W, width); else empty.
+            rate: probability with which an image loses `hidden` (stochastic depth).
+            key: PRNG key of stochastic depth; None keeps `hidden` for all images.
         """
         if self.long_skip is not None:
             hidden = self.long_skip(jnp.concatenate([hidden, *skip], axis=-1))
@@ -83,7 +83,10 @@ class Block(nnx.Module):
 
 
 class Generator(nnx.Module):
-    """Noisy latents, timestep and class to noise and variance. Any map of whole patches, square or not."""
+    """Predicts noise and variance channels from noisy latents, timestep and class.
+
+    Latents may have any height and width that `patch` divides.
+    """
 
     def __init__(
         self,
@@ -101,19 +104,25 @@ class Generator(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Args:
-        num_classes: classes beside "no class".
-        width: channels of the tokens.
-        depth: in-blocks and out-blocks together, even; with the one in the middle the network has depth + 1.
-        mixer: called as mixer(width, chunk=..., dtype=..., rngs=...), gives a module on maps, whose parameters do not
-          depend on chunk.
-        patch: rows and columns of the latents that make one token.
-        in_channels: of the latents.
-        chunk: of the blocks that are not global, in lines.
-        global_blocks: blocks that get chunk None, counted from 0 in order of execution.
-        drop_path: stochastic depth of what the last block puts out; it grows linearly from 0 at the first.
-        remat: computes each block again in the backward pass instead of keeping what is inside it.
-        dtype: of the computation; parameters, residual stream and the last layer are float32.
+        """Initialises the layers.
+
+        Args:
+            num_classes: number of classes, without "no class".
+            width: channels of the tokens.
+            depth: number of in-blocks and out-blocks together, even; with the middle block there are depth + 1.
+            mixer: called as mixer(width, chunk=..., dtype=..., rngs=...); returns a module on maps, whose parameters'
+                shapes do not depend on chunk.
+            patch: side of a token's patch in latent pixels.
+            in_channels: channels of the latents.
+            chunk: lines of a chunk in all blocks that are not global.
+            global_blocks: blocks that get chunk None, counted from 0 in order of execution; None: the last two.
+            drop_path: stochastic depth of the last block's output; it grows linearly from 0 at the first block's.
+            remat: recomputes each block in the backward pass instead of keeping its inner maps.
+            dtype: dtype of the computation; parameters, residual stream and the last layer are float32.
+            rngs: source of the initial parameters.
+
+        Raises:
+            ValueError: an argument out of range; the message names it.
         """
         check_counts(
             num_classes=num_classes, width=width, depth=depth, patch=patch, in_channels=in_channels, chunk=chunk
@@ -146,29 +155,32 @@ class Generator(nnx.Module):
     def __call__(
         self, latents: jax.Array, timestep: jax.Array, label: jax.Array, *, key: jax.Array | None = None
     ) -> jax.Array:
-        """Args:
-          latents: (B, H, W, in_channels) any float dtype, H and W divisible by `patch`.
-          timestep: (B,) integers or floats; the released networks count 0..999.
-          label: (B,) integers, 0..num_classes; num_classes stands for "no class".
-          key: for stochastic depth while training; None for inference.
+        """Returns (B, H, W, 2 * in_channels) float32: the prediction, then variance channels.
 
-        Returns:
-          (B, H, W, 2 * in_channels) float32: noise, then variance, as the objective interprets them.
+        The objective defines their meaning: noise or velocity, and how the variance is interpolated.
+
+        Args:
+            latents: (B, H, W, in_channels) any float dtype, H and W divisible by `patch`.
+            timestep: (B,) integers or floats; the released networks count 0..999.
+            label: (B,) integers in 0..num_classes; num_classes means "no class".
+            key: PRNG key of stochastic depth in training; None for inference.
 
         Raises:
-          ValueError: shapes other than these.
+            ValueError: other shapes, or labels that are not integers.
         """
         check_inputs(latents, timestep, label, channels=self.in_channels, patch=self.patch)
         condition = self.conditioning(timestep, label)
+        # (B, H, W, in_channels) to (B, H / patch, W / patch, width)
         tokens = self.embed(layers.patches(latents, self.patch))
         residual = tokens.astype(jnp.float32) + condition[:, None, None]
         hidden = jnp.zeros_like(tokens)
 
-        # A block drops what the one before it put out; the first drops zeros.
+        # A block drops the previous block's output; the first block's hidden map is zero.
         rates = jnp.asarray(self.drop_path * np.arange(-1, self.depth + 1).clip(0) / self.depth, jnp.float32)
         keys = None if key is None or self.drop_path == 0 else jax.random.split(key, self.depth + 2)
 
         def drops(part: int | slice) -> tuple[jax.Array, jax.Array | None]:
+            """Returns drop rates and keys of some blocks."""
             return rates[part], None if keys is None else keys[part]
 
         half = self.depth // 2
@@ -187,7 +199,7 @@ class Generator(nnx.Module):
 
 
 def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, channels: int, patch: int) -> None:
-    """Raises ValueError unless a denoiser of latents (B, H, W, channels) can take these."""
+    """Raises ValueError unless latents are (B, H, W, channels) in whole patches, timestep (B,), label integers (B,)."""
     shape = latents.shape
     if len(shape) != 4 or shape[-1] != channels or min(shape[1:]) < 1 or shape[1] % patch or shape[2] % patch:
         raise ValueError(
@@ -201,12 +213,13 @@ def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, c
 
 
 def _add(residual: jax.Array, hidden: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
+    """Returns residual + hidden in residual's dtype, with stochastic depth of `hidden` unless key is None."""
     hidden = hidden.astype(residual.dtype)
     return residual + (hidden if key is None else layers.drop_path(hidden, rate, key))
 
 
 def _runs(build: Callable[..., Block], chunks: Sequence[int | None]) -> tuple[Run, ...]:
-    """Chunks are static, so that a scan reaches as far as they stay the same. Parameters know nothing of it."""
+    """Returns the runs of blocks with equal chunks: a chunk is static, so each run needs its own scan."""
     groups = [(chunk, len(list(group))) for chunk, group in itertools.groupby(chunks)]
     return tuple((graph_of(functools.partial(build, chunk=chunk)), length) for chunk, length in groups)
 
@@ -223,7 +236,21 @@ def _run_blocks(
     *,
     remat: bool,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-    """All blocks of a stack, one scan a run. Without skips to read it also gives what each put out, on a first axis."""
+    """Runs all blocks of a stack, one scan for each run.
+
+    Args:
+        name: of the stack, for the layer report.
+        blocks: parameters of n blocks, stacked on a first axis.
+        runs: consecutive blocks with equal chunks, n in all.
+        hidden, residual: (B, H, W, width), see `Block`.
+        skips: for out-blocks, a tuple with the in-blocks' outputs, (n, B, H, W, width); else empty.
+        rates: (n,) drop rates.
+        keys: (n,) PRNG keys, or None.
+        remat: see `Generator`.
+
+    Returns:
+        hidden, residual, and, if `skips` is empty, a tuple with the outputs of all blocks, (n, B, H, W, width).
+    """
     stacks, start = (nnx.state(blocks), skips, rates, keys), 0
     outputs = []
     for graph, length in runs:
@@ -233,7 +260,7 @@ def _run_blocks(
             hidden, residual = nnx.merge(graph, state)(*carry, skip, rate, key)
             return (hidden, residual), () if skip else (hidden,)
 
-        # In a scan nothing can undo the recomputation, so that it needs no barriers against it.
+        # A scan's body is compiled apart from the forward pass, so common subexpressions cannot undo the recomputation.
         step = jax.checkpoint(step, prevent_cse=False) if remat else step
         part = jax.tree.map(lambda stack, start=start, stop=start + length: stack[start:stop], stacks)
         with named_layer(f"{name} {start} to {start + length - 1}"):

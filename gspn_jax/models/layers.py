@@ -1,4 +1,4 @@
-"""Layers that several networks share, as the authors' programs define them."""
+"""Layers that several networks share, defined as in the authors' programs."""
 
 import functools
 from collections.abc import Callable
@@ -11,24 +11,24 @@ from flax import nnx
 from gspn_jax.mixers.gspn import FAN_IN_UNIFORM
 from gspn_jax.models.depthwise import depthwise_conv, sum_dtype
 
-# Of their linear layers. Theirs is cut off at 100 standard deviations: never.
+# Initialisation of linear layers. The authors truncate it at 100 standard deviations, which never happens.
 NORMAL = nnx.initializers.normal(0.02)
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Keeps its input for the gradient, and not the five float32 maps on the way from it to the result."""
+    """LayerNorm that keeps only its input for the gradient and recomputes five float32 maps in the backward pass."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return jax.checkpoint(super().__call__)(x)
 
 
 def layer_norm(features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, epsilon: float = 1e-5) -> LayerNorm:
-    """LayerNorm over channels, statistics in float32 from centred values."""
+    """Returns a LayerNorm over channels whose statistics are float32, computed from centred values."""
     return LayerNorm(features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 def conv3x3(inputs: int, outputs: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    """3x3 convolution with bias and a border of one zero on every side: H becomes ceil(H / stride)."""
+    """Returns a 3x3 convolution with bias, padded by one zero on every side: H becomes ceil(H / stride)."""
     bound = (9 * inputs) ** -0.5
 
     def bias_init(key, shape, dtype, **unused):
@@ -41,9 +41,10 @@ def conv3x3(inputs: int, outputs: int, stride: int, *, dtype: jnp.dtype, rngs: n
 
 
 class DepthwiseConv(nnx.Module):
-    """n x n depthwise convolution, (B, H, W, C) to (B, H, W, C)."""
+    """Depthwise convolution, (B, H, W, C) to (B, H, W, C)."""
 
     def __init__(self, features: int, size: int, *, use_bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Initialises the kernel (size, size, 1, features), uniform in +-1 / size; `dtype` is the computation's."""
         bound = 1 / size  # fan in is size * size
         self.dtype = dtype
         self.kernel = nnx.Param(
@@ -58,7 +59,10 @@ class DepthwiseConv(nnx.Module):
 
 
 class GlobalResponseNorm(nnx.Module):
-    """GRN of ConvNeXt V2: each channel scaled by its norm over the map, relative to the mean of the channels' norms."""
+    """Global response normalisation (ConvNeXt V2, arXiv 2301.00808), (B, H, W, C) to (B, H, W, C).
+
+    It scales each channel by its norm over the map, divided by the mean norm of the channels.
+    """
 
     def __init__(self, features: int, *, epsilon: float = 1e-6):
         self.epsilon = epsilon
@@ -68,7 +72,8 @@ class GlobalResponseNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = sum_dtype(x)
         wide = x.astype(dtype)
-        # The root of an all-zero map has no gradient: the tiny term gives it one, and is lost in any other sum.
+        # The root has no gradient at an all-zero map. The tiny term gives it one and vanishes in any other sum.
+        # (B, H, W, C) to (B, 1, 1, C)
         norm = jnp.sqrt(jnp.sum(wide * wide, axis=(1, 2), keepdims=True) + jnp.finfo(jnp.float32).tiny)
         relative = norm / (jnp.mean(norm, axis=-1, keepdims=True) + self.epsilon)
         scale, bias = (param[...].astype(dtype)[None, None, None] for param in (self.scale, self.bias))
@@ -88,40 +93,62 @@ class MLP(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        """approximate: GELU by tanh instead of erf."""
+        """Initialises two linear layers, features to hidden and back.
+
+        Args:
+            features: channels of the input and the output.
+            hidden: channels between the layers.
+            kernel_init: initialiser of both kernels.
+            approximate: computes GELU by tanh instead of erf.
+            dtype: dtype of the computation; parameters are float32.
+            rngs: source of the initial parameters.
+        """
         options: Any = dict(kernel_init=kernel_init, dtype=dtype, rngs=rngs)
         self.approximate = approximate
         self.widen = nnx.Linear(features, hidden, **options)
         self.narrow = nnx.Linear(hidden, features, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # What the activation makes on its way is computed again for the gradient: two maps of the hidden width less.
+        # Recomputing the activation's inner maps in the backward pass saves two maps of the hidden width.
         gelu = jax.checkpoint(functools.partial(jax.nn.gelu, approximate=self.approximate))
         return self.narrow(gelu(self.widen(x)))
 
 
 def residual(x: jax.Array, branch: Callable[[jax.Array], jax.Array], rate: float, key: jax.Array | None) -> jax.Array:
-    """x + branch(x) with stochastic depth: an image loses the branch with probability `rate`, else it counts
-    1 / (1 - rate) times. `key` None keeps every branch."""
+    """Returns x + branch(x), (B, H, W, C), with stochastic depth.
+
+    Args:
+        x: (B, H, W, C).
+        branch: a function of x.
+        rate: probability with which an image loses the branch; kept branches are multiplied by 1 / (1 - rate).
+        key: PRNG key of stochastic depth; None keeps every branch.
+    """
     y = branch(x)
     return x + (y if key is None or rate == 0 else drop_path(y, rate, key))
 
 
 def drop_path(y: jax.Array, rate: float | jax.Array, key: jax.Array) -> jax.Array:
-    """y (B, H, W, C), where an image is 0 with probability `rate`, which may be traced, else 1 / (1 - rate) times y."""
+    """Returns y (B, H, W, C) with an image set to 0 with probability `rate`, else multiplied by 1 / (1 - rate).
+
+    `rate` may be traced.
+    """
     keep = jax.random.bernoulli(key, 1 - rate, (y.shape[0], 1, 1, 1))
     return jnp.where(keep, y / jnp.asarray(1 - rate, y.dtype), 0)
 
 
 def patches(maps: jax.Array, size: int) -> jax.Array:
-    """(B, H, W, C) to (B, H / size, W / size, size * size * C); a patch is flattened as (row, column, channel)."""
+    """Returns patches as rows: (B, H, W, C) to (B, H / size, W / size, size * size * C).
+
+    A patch is flattened in the order (row, column, channel).
+    """
     batch, height, width, channels = maps.shape
     maps = maps.reshape(batch, height // size, size, width // size, size, channels)
+    # Axes 2 and 3, a patch's row and the column of patches, change places.
     return maps.swapaxes(2, 3).reshape(batch, height // size, width // size, size * size * channels)
 
 
 def unpatched(tokens: jax.Array, size: int) -> jax.Array:
-    """The way back: (B, H / size, W / size, size * size * C) to (B, H, W, C)."""
+    """Returns maps from rows of patches, the inverse of `patches`: (B, H / size, W / size, ...) to (B, H, W, C)."""
     batch, rows, columns, features = tokens.shape
     tokens = tokens.reshape(batch, rows, columns, size, size, features // size**2)
     return tokens.swapaxes(2, 3).reshape(batch, rows * size, columns * size, features // size**2)

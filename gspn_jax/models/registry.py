@@ -1,4 +1,4 @@
-"""Models by name: which network a preset is, its sizes, and its mixer."""
+"""The registry of models: the network, sizes and mixer of each preset."""
 
 import dataclasses
 import difflib
@@ -19,12 +19,12 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network and what it gives its mixers.
+    """A network and the defaults of its mixers.
 
     Attributes:
-        build: the module's class.
-        mixer: the mixer by default.
-        mixer_defaults: width -> options by the mixer's name, for networks whose mixers depend on their width.
+        build: class of the module.
+        mixer: name of the default mixer.
+        mixer_defaults: width -> default options by mixer name, for networks whose mixers depend on their width.
     """
 
     build: Callable[..., nnx.Module]
@@ -33,7 +33,7 @@ class Network:
 
     @property
     def options(self) -> list[str]:
-        """Names of the options that the network itself takes."""
+        """The names of the options that the network itself takes."""
         return [name for name in call_parameters(self.build) if name not in _GIVEN]
 
 
@@ -43,8 +43,8 @@ class Preset:
 
     Attributes:
         network: a key of `NETWORKS`.
-        options: of the network.
-        mixer_options: of its default mixer.
+        options: options of the network.
+        mixer_options: options of its default mixer.
     """
 
     network: str
@@ -59,6 +59,7 @@ _BIAS = {"attention": {"use_bias": True}}
 
 
 def _proxy(width: int) -> dict[str, dict[str, Any]]:
+    """Returns the generators' default: a proxy of width / 16 channels."""
     return {"gspn": {"proxy_rank": max(width // 16, 1)}}
 
 
@@ -89,8 +90,8 @@ PRESETS = {
     "gspn_s": _classifier((108, 216, 432, 864), (5, 5, 10, 2), 16, (3,)),
     "gspn_b": _classifier((120, 240, 480, 960), (4, 4, 15, 4), 8, (2, 3)),
     "gspn_nano": _classifier((32, 64, 128), (1, 2, 2), 8, (1, 2), stride=2),
-    # GSPN-B/2, L/2 and XL/2 at 1,000 classes have 144,016,356 / 465,230,660 / 723,513,260 parameters. The number at the
-    # end of a name is the patch.
+    # GSPN-B/2, L/2 and XL/2 at 1,000 classes have 144,016,356 / 465,230,660 / 723,513,260 parameters. A name ends with
+    # the patch size.
     "gspn_s2": _generator(368, 24, 2),
     "gspn_s4": _generator(368, 24, 4),
     "gspn_b2": _generator(900, 30, 2),
@@ -115,22 +116,23 @@ def list_models(pattern: str = "*") -> list[str]:
 def create_model(
     name: str, *, num_classes: int, rngs: nnx.Rngs, mixer: str | MixerBuilder | None = None, **options: Any
 ) -> Any:
-    """Builds the model of a preset, with fresh parameters.
+    """Builds the model of a preset with fresh parameters.
 
     Args:
         name: one of `list_models()`.
-        num_classes: outputs of a classifier's head, or the classes of a generator beside "no class".
+        num_classes: outputs of a classifier's head, or a generator's number of classes without "no class".
         rngs: source of the initial parameters.
-        mixer: a name in `gspn_jax.mixers.MIXERS`, or a callable that builds a module on (B, H, W, C) maps; None for
-            the preset's own.
-        options: of the network (`Classifier`, `Generator`, `DiT`) or of the mixer (such as `GSPNMixer`). They replace
-            those of the preset. `dtype` may be a name.
+        mixer: a name in `gspn_jax.mixers.MIXERS`, or a callable that builds a module on (B, H, W, C) maps; None takes
+            the preset's mixer.
+        options: options of the network (`Classifier`, `Generator`, `DiT`) or of the mixer (such as `GSPNMixer`). They
+            replace the preset's. `dtype` may be a name.
 
     Returns:
         The module: a `Classifier`, `Generator` or `DiT`.
 
     Raises:
-        ValueError: an unknown name, an option that nothing takes (the nearest names are given), or a bad value.
+        ValueError: an unknown name, an option that neither network nor mixer takes (the message suggests the nearest
+            names), or a value out of range.
     """
     if name not in PRESETS:
         raise ValueError(f"name: expected one of {', '.join(PRESETS)}; got {name!r}{_nearest(name, PRESETS)}")
@@ -145,10 +147,14 @@ def create_model(
 def build_network(
     network: str, *, num_classes: int, rngs: nnx.Rngs, mixer: str | MixerBuilder | None = None, **options: Any
 ) -> Any:
-    """Builds a network whose sizes are all given as options; otherwise as `create_model`.
+    """Builds a network whose sizes are all given as options.
 
     Args:
         network: a key of `NETWORKS`.
+        num_classes, rngs, mixer, options: see `create_model`.
+
+    Raises:
+        ValueError: as `create_model`, or a size is missing.
     """
     if network not in NETWORKS:
         raise ValueError(f"network: expected one of {', '.join(NETWORKS)}; got {network!r}")
@@ -184,11 +190,12 @@ def build_network(
 
 
 def _mixer_name(mixer: str | MixerBuilder) -> str:
+    """Returns the name of a mixer in `MIXERS`, "" if it has none."""
     return mixer if isinstance(mixer, str) else next((name for name, known in MIXERS.items() if known is mixer), "")
 
 
 def checked_dtype(value: Any, name: str = "dtype") -> jnp.dtype:
-    """Returns the dtype of a computation; ValueError for one that is not among `DTYPES`."""
+    """Returns `value` as a dtype; ValueError, naming the argument, unless `DTYPES` has it."""
     try:
         dtype = jnp.dtype(value)
     except TypeError:
@@ -199,5 +206,6 @@ def checked_dtype(value: Any, name: str = "dtype") -> jnp.dtype:
 
 
 def _nearest(word: str, known: Any) -> str:
+    """Returns "; did you mean ...?" with the names that resemble `word`, "" if none does."""
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""

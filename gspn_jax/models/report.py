@@ -1,4 +1,4 @@
-"""What a model consists of, in lines that a person reads at the start of a run."""
+"""Reports about a model, printed at the start of a run: parameter count and implementation of each layer."""
 
 import itertools
 import math
@@ -11,20 +11,20 @@ from pallas_kernels.choices import Choice
 
 
 def parameter_count(model: nnx.Module) -> int:
-    """Returns the number of parameters, also of a model built under `nnx.eval_shape`."""
+    """Returns the number of parameters; the model may be abstract, built under `nnx.eval_shape`."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def layer_report(model: nnx.Module, *inputs: jax.ShapeDtypeStruct) -> list[str]:
-    """Describes what each line scan and propagation of a model runs on.
+    """Describes the implementation that each line scan and propagation of a model uses.
 
     Args:
-        model: any module, called on `inputs`. Nothing is computed, only traced.
+        model: any module; it is traced on `inputs` and computes nothing.
         inputs: shapes and dtypes of its arguments.
 
     Returns:
-        One line for consecutive layers that agree in everything: their names, the map, the reach of the scans, the
-        implementation and why it was chosen. Layers are named by `pallas_kernels.named_layer`, others are numbered.
+        One line for each sequence of equal layers: their names, the map's size, chunk or global, the implementation and
+        the reason for it. `pallas_kernels.named_layer` names layers; operations outside it are numbered.
     """
     with record_choices() as choices:
         nnx.eval_shape(lambda module, *inputs: module(*inputs), model, *inputs)

@@ -1,4 +1,4 @@
-"""Checks of the sizes of a network."""
+"""Checks of a network's sizes."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def check_counts(**counts: Any) -> None:
-    """Raises ValueError, naming the argument, unless each is an integer >= 1, or a sequence of such; None passes."""
+    """Raises ValueError, naming the argument, unless each is None, an integer >= 1 or a sequence of such integers."""
     for name, value in counts.items():
         is_sequence = isinstance(value, list | tuple)
         for count in value if is_sequence else (value,):

@@ -1,8 +1,8 @@
-"""Runs: what joins descriptions, models, tasks and parameters.
+"""Runs: a run joins a description, a model, a task and parameters.
 
-A description (`RunDescription`) says what a run is; `new_run` and `load_run` make a `Run` of it, which training,
-evaluation and sampling ask for everything that depends on the task. To add a task, write a subclass of `Run` in a file
-beside these, and add it to `RUNS`.
+A description (`RunDescription`) defines a run; `new_run` and `load_run` build a `Run` from it. Training, evaluation and
+sampling get everything that depends on the task from the `Run`. To add a task, write a subclass of `Run` in its own
+file in this package, and add it to `RUNS`.
 """
 
 import os
@@ -37,17 +37,21 @@ RUNS: dict[str, type[Run]] = {run.task_name: run for run in (ClassifierRun, Gene
 
 
 def new_run(description: Mapping[str, Any], weights: Mapping[str, Parameters] | None = None, **loaded: Any) -> Run:
-    """Returns the run of a description; ValueError for a task that is not known.
+    """Builds the run that a description defines.
 
     Args:
-        description: of this version or of 0.1.
+        description: written by this version or by 0.1.
         weights, loaded: see `Run`.
+
+    Raises:
+        ValueError: an unknown task, or a network that the task cannot use.
     """
     described = upgraded(description)
     return _class_of(described["task"])(described, weights, **loaded)
 
 
 def _class_of(task: str) -> type[Run]:
+    """Returns the class of a task's runs; ValueError for an unknown task."""
     if task not in RUNS:
         raise ValueError(f"task: expected one of {', '.join(RUNS)}; got {task!r}")
     return RUNS[task]
@@ -56,13 +60,13 @@ def _class_of(task: str) -> type[Run]:
 def load_run(
     folder: str | os.PathLike[str], *, step: int | None = None, parameters: str = "ema", task: str | None = None
 ) -> Any:
-    """Loads a workdir, trained here or converted.
+    """Loads a workdir that training or conversion wrote.
 
     Args:
         folder: the workdir.
-        step: of the checkpoint; None for the newest good one.
-        parameters: "ema" for the moving average, where the run keeps one, or "raw".
-        task: "classification" or "generation", to refuse a run of another task; None takes any.
+        step: step of the checkpoint; None takes the newest good one.
+        parameters: "ema" for the moving average, or "raw". Without a moving average, "ema" loads "raw".
+        task: "classification" or "generation" refuses a run of another task; None accepts any.
 
     Returns:
         A `ClassifierRun` (with `predict`) or a `GeneratorRun` (with `sample`); both have `model`, `description`,
@@ -70,7 +74,7 @@ def load_run(
 
     Raises:
         ValueError: an argument out of range, a run of another task, or parameters that are not finite.
-        CheckpointError: no good checkpoint.
+        CheckpointError: the folder has no good checkpoint.
     """
     if parameters not in ("ema", "raw"):
         raise ValueError(f"parameters: expected ema or raw, got {parameters!r}")
@@ -84,14 +88,18 @@ def load_run(
 
 
 def start_from(path: str, target: Run) -> Callable[[Parameters], Mapping[str, np.ndarray]]:
-    """Returns abstract parameters -> the arrays of another run that fit them; prints what does not fit.
+    """Returns the `initial` argument of `gspn_jax.training.train`, which starts from another run's parameters.
 
     Args:
         path: workdir of a run or of converted weights.
         target: the run that starts.
 
+    Returns:
+        Abstract parameters -> the arrays of the other run that fit them. The function prints the parameters that do
+        not fit, and the settings in which the runs differ; it raises ValueError if their tasks differ.
+
     Raises:
-        ValueError: `path` is a file of weights, or holds a run of another task.
+        ValueError: `path` is a file of weights.
         CheckpointError: `path` holds no checkpoint.
     """
     if path.endswith((".safetensors", ".pth", ".pt")):

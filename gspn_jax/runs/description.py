@@ -1,6 +1,6 @@
-"""What a run is, as JSON: enough to build its model and its task again, whoever made it.
+"""Descriptions of runs: JSON from which the model and the task of a run can be built again.
 
-A description lies in every checkpoint and in `config.json` of a workdir.
+Every checkpoint holds the description, and so does `config.json` in a workdir.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +15,12 @@ CUSTOM = "custom"
 
 
 class ModelDescription(TypedDict):
-    """Attributes:
-    name: a preset, or "custom" where the sizes are those of no preset.
-    network: of a custom model, a key of `gspn_jax.models.NETWORKS`.
-    options: of `gspn_jax.create_model`; those of a custom model are complete.
+    """Describes a model.
+
+    Attributes:
+        name: a preset, or "custom" if no preset has these sizes.
+        network: custom models only: a key of `gspn_jax.models.NETWORKS`.
+        options: options of `gspn_jax.create_model`; complete for a custom model.
     """
 
     name: str
@@ -27,11 +29,13 @@ class ModelDescription(TypedDict):
 
 
 class DataDescription(TypedDict):
-    """Attributes:
-    name, path: as `gspn_jax.data.load` takes them.
-    image_size: side of the images, in pixels.
-    resize: short side before the centre crop; 0 for image_size / 0.875.
-    mean, std: of a classifier: per channel, on the 0..255 scale.
+    """Describes the data of a run.
+
+    Attributes:
+        name, path: arguments of `gspn_jax.data.load`.
+        image_size: side of the images, in pixels.
+        resize: short side before the centre crop, in pixels; 0 means image_size / 0.875.
+        mean, std: classifiers only: normalisation of each channel, on the 0..255 scale.
     """
 
     name: str
@@ -43,12 +47,12 @@ class DataDescription(TypedDict):
 
 
 class InputDescription(TypedDict):
-    """What a generator denoises.
+    """Describes the pixels or latents that a generator denoises.
 
     Attributes:
         shape: [H, W, C] in training.
-        scale: of latents: what the network multiplies them with.
-        autoencoder: of latents: SHA-256 of the autoencoder's file, "" where it is not known.
+        scale: latents only: factor by which latents are multiplied before the network denoises them.
+        autoencoder: latents only: SHA-256 of the autoencoder's file, "" if unknown.
     """
 
     shape: list[int]
@@ -57,16 +61,18 @@ class InputDescription(TypedDict):
 
 
 class RunDescription(TypedDict):
-    """Attributes:
-    task: "classification" or "generation".
-    model: the network.
-    num_classes: how many classes there are.
-    class_names: their names, in the order of the labels.
-    data: what the run was trained on, or expects.
-    config: of a run that was trained here: its whole configuration.
-    objective: of a generator: "ddpm", or the interpolant "linear" or "gvp".
-    label_dropout: of a generator: share of images that were trained without their class.
-    input: of a generator.
+    """Describes a run.
+
+    Attributes:
+        task: "classification" or "generation".
+        model: the network and its options.
+        num_classes: number of classes.
+        class_names: names of the classes, in the order of the labels.
+        data: training data, or for converted weights the expected data.
+        config: runs of `experiments.train` only: the whole configuration.
+        objective: generators only: "ddpm", or the interpolant "linear" or "gvp".
+        label_dropout: generators only: share of images that are trained without their class.
+        input: generators only: the denoised pixels or latents.
     """
 
     task: str
@@ -81,9 +87,9 @@ class RunDescription(TypedDict):
 
 
 def upgraded(description: Mapping[str, Any]) -> RunDescription:
-    """Returns a description as this version writes it, from one of this version or of 0.1.
+    """Converts a description of version 0.1 to this version's form; returns others unchanged.
 
-    Version 0.1 named no task, called the kernels' variant "path", and gave options of the GSPN mixer to every mixer.
+    Version 0.1 stored no task, called the kernel variant "path", and stored options of the GSPN mixer for every mixer.
     """
     described: Any = dict(description)
     if "task" in described:
@@ -107,15 +113,17 @@ def upgraded(description: Mapping[str, Any]) -> RunDescription:
 
 
 def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options with "path" renamed to "variant"."""
     return {"variant" if key == "path" else key: value for key, value in options.items()}
 
 
 def _own_mixer(name: str) -> str:
+    """Returns the default mixer of a preset; "gspn" for other names."""
     return NETWORKS[PRESETS[name].network].mixer if name in PRESETS else "gspn"
 
 
 def network_of(description: RunDescription) -> str:
-    """Returns the key of `NETWORKS` that the model is; ValueError for a name that is not known."""
+    """Returns the model's network, a key of `NETWORKS`; ValueError for an unknown name."""
     model = description["model"]
     if model["name"] == CUSTOM:
         return model.get("network", "")
@@ -125,19 +133,19 @@ def network_of(description: RunDescription) -> str:
 
 
 def mixer_of(description: RunDescription) -> str:
-    """Returns the name of the model's mixer in `gspn_jax.mixers.MIXERS`."""
+    """Returns the model's mixer, a key of `gspn_jax.mixers.MIXERS`."""
     return description["model"]["options"].get("mixer") or NETWORKS[network_of(description)].mixer
 
 
 def sizes_of(description: RunDescription) -> dict[str, Any]:
-    """Returns the options of the model, those of its preset included."""
+    """Returns the options of the model, with its preset's options filled in."""
     model = description["model"]
     preset = PRESETS[model["name"]].options if model["name"] in PRESETS else {}
     return {**preset, **model["options"]}
 
 
 def model_builder(description: RunDescription, **options: Any) -> Callable[[nnx.Rngs], nnx.Module]:
-    """Returns NNX rngs -> the model of a description; `options` replace those of the description."""
+    """Returns a function NNX rngs -> the described model; `options` replace the description's."""
     model, count = description["model"], description["num_classes"]
     options = {**model["options"], **options}
     if model["name"] == CUSTOM:

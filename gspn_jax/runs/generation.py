@@ -21,21 +21,30 @@ OBJECTIVES = ("ddpm", *PATHS)
 
 
 def describe_input(latents: data.LatentSpace | None, image_size: int) -> InputDescription:
-    """Returns the "input" of a run on latents or, with None, on pixels."""
+    """Returns the "input" entry of a description.
+
+    Args:
+        latents: the latents' layout; None for a run on pixels.
+        image_size: side of the images, in pixels.
+    """
     if latents is None:
         return {"shape": [image_size, image_size, 3]}
     return {"shape": list(latents.shape), "scale": latents.scale, "autoencoder": latents.autoencoder}
 
 
 def make_objective(name: str) -> Objective:
-    """Returns "ddpm", or the interpolant "linear" or "gvp"; ValueError for another name."""
+    """Returns the objective "ddpm", or the interpolant "linear" or "gvp"; ValueError for another name."""
     if name not in OBJECTIVES:
         raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}; got {name!r}")
     return GaussianDiffusion.linear() if name == "ddpm" else Interpolant(name)
 
 
 class GeneratorRun(Run):
-    """A generator: `run.sample(labels)` draws images."""
+    """A run of a generator; `run.sample(labels)` draws images.
+
+    Attributes:
+        input: the denoised pixels or latents, from the description.
+    """
 
     task_name = "generation"
     networks = ("generator", "dit")
@@ -50,9 +59,11 @@ class GeneratorRun(Run):
 
     @property
     def build(self) -> Callable[[nnx.Rngs], nnx.Module]:
+        """A function NNX rngs -> the model with fresh parameters."""
         return model_builder(self.description, in_channels=self.input["shape"][-1])
 
     def make_task(self) -> Generation:
+        """Returns the task."""
         return Generation(
             self.build,
             num_classes=self.num_classes,
@@ -63,15 +74,17 @@ class GeneratorRun(Run):
 
     @functools.cached_property
     def task(self) -> Generation:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The task."""
         return self.make_task()
 
     def model_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Returns maps (B, H, W, C) float32, timesteps (B,) int32 and labels (B,) int32."""
         maps = jax.ShapeDtypeStruct((batch_size, *self.input["shape"]), jnp.float32)
         numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         return maps, numbers, numbers
 
     def preprocess(self, images: Picture | Sequence[Picture]) -> jax.Array:
-        """Returns images on -1..1, (B, S, S, 3) float32; ValueError for a generator of latents, which takes latents."""
+        """Returns images on -1..1, (B, S, S, 3) float32; ValueError if the generator denoises latents."""
         if "scale" in self.input:
             raise ValueError("images: expected a generator of pixels, got one of latents: encode the images first")
         return self.task.inputs({"image": jnp.asarray(self.pictures(images))}, jax.random.key(0))
@@ -84,7 +97,7 @@ class GeneratorRun(Run):
         autoencoder: str = "",
         norm_groups: int = 32,
     ) -> ImageSampler:
-        """Returns what draws images on the devices of this process; arguments as of `ImageSampler`."""
+        """Returns an `ImageSampler` on the devices of this process; arguments are those of `ImageSampler`."""
         return ImageSampler(
             self.task, self.params, self.description, sampling,
             image_size=image_size, autoencoder=autoencoder, norm_groups=norm_groups,
@@ -109,18 +122,18 @@ class GeneratorRun(Run):
 
         Args:
             labels: (B,) integers in 0..num_classes - 1.
-            seed: of the noise. Image n depends on the seed and the number `first` + n, not on the batch.
+            seed: seed of the noise. Image n depends on the seed and on `first` + n, not on the batch.
             first: number of the first image.
             sampler, num_steps, guidance, interval, guided_channels: see `gspn_jax.sampling.Sampling`.
-            image_size: (H, W) of the images; by default as in training.
-            autoencoder: file of the autoencoder that decodes latents, where the network denoises latents.
+            image_size: (H, W) of the images in pixels; None takes the size of training.
+            autoencoder: file of the autoencoder; required if the network denoises latents.
             batch_size: images at a time.
 
         Returns:
             uint8 (B, H, W, 3).
 
         Raises:
-            ValueError: an argument out of range, or images that are not finite.
+            ValueError: an argument out of range, or images with NaN or Inf.
         """
         sampling = Sampling(sampler, num_steps, guidance, interval, guided_channels, seed)
         drawing = self.sampler(sampling, image_size=image_size, autoencoder=autoencoder)
@@ -137,6 +150,7 @@ class GeneratorRun(Run):
         return np.concatenate(parts) if parts else np.zeros((0, *drawing.shape), np.uint8)
 
     def computation(self) -> dict[str, Any]:
+        """Returns the objective, the mixer and, for GSPN mixers, alignment and chunks."""
         options, mixer = sizes_of(self.description), mixer_of(self.description)
         values = {"objective": self.description.get("objective"), "model.mixer": mixer}
         if mixer == "gspn":

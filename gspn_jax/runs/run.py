@@ -1,4 +1,4 @@
-"""A run: a description, parameters, and everything that training, evaluation and sampling ask of them."""
+"""The base class of runs: a description, parameters, and what training, evaluation and sampling need of them."""
 
 import abc
 import functools
@@ -26,21 +26,22 @@ Picture = Any  # uint8 (H, W, 3), a Pillow image, or the path of an image file
 
 
 class Run(abc.ABC):
-    """A trained, converted or new run; one subclass for each task.
+    """A trained, converted or new run; each task has a subclass.
 
     Args:
-        description: what the run is.
-        weights: "raw" and, where the run keeps it, "ema": nested dicts of arrays; empty for a run that starts.
-        parameters: which of them `model` has.
-        workdir: where the run was loaded from.
-        step: of the checkpoint.
+        description: defines the run.
+        weights: "raw" and, if the run keeps a moving average, "ema": nested dicts of arrays; empty for a new run.
+        parameters: key of the weights that `model` uses.
+        workdir: folder that the run was loaded from.
+        step: step of the checkpoint.
 
     Attributes:
-        description, weights, parameters, workdir, step: as given.
+        description, weights, parameters, workdir, step: see the arguments.
         class_names: names of the classes, in the order of the labels.
+        num_classes: number of classes.
 
     Raises:
-        ValueError: the description is of another task, or of a network that does not do it.
+        ValueError: the task cannot use the description's network.
     """
 
     task_name: ClassVar[str]
@@ -68,17 +69,17 @@ class Run(abc.ABC):
 
     @property
     def build(self) -> Callable[[nnx.Rngs], nnx.Module]:
-        """NNX rngs -> the model with fresh parameters."""
+        """A function NNX rngs -> the model with fresh parameters."""
         return model_builder(self.description)
 
     @functools.cached_property
     def model(self) -> nnx.Module:
-        """The model with the parameters of this run. ValueError for a run that has none yet."""
+        """The model with the parameters of this run; ValueError for a new run, which has none."""
         return Functional(self.build).merge(jax.tree.map(jnp.asarray, self.params))
 
     @property
     def params(self) -> Parameters:
-        """The chosen parameters: a nested dict of host arrays."""
+        """The chosen parameters, a nested dict of host arrays; ValueError for a new run, which has none."""
         if self.parameters not in self.weights:
             raise ValueError(
                 f"parameters: expected one of {', '.join(self.weights) or 'none'}, got {self.parameters!r}"
@@ -87,11 +88,15 @@ class Run(abc.ABC):
 
     @functools.cached_property
     def task(self) -> Task:
-        """The task as evaluation and sampling need it."""
+        """The task with its defaults, for evaluation and sampling."""
         return self.make_task()
 
     def layer_report(self, batch_size: int) -> list[str]:
-        """Describes what each line scan and propagation of the model runs on, with so many images at a time."""
+        """Describes the implementation of each line scan and propagation; see `gspn_jax.models.layer_report`.
+
+        Args:
+            batch_size: images at a time.
+        """
         return layer_report(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))), *self.model_inputs(batch_size))
 
     def evaluate(
@@ -106,14 +111,18 @@ class Run(abc.ABC):
         """Evaluates parameters on every image of a source, on all devices.
 
         Args:
-            source: images, or latents of a generator that denoises them.
-            weights: "raw" or "ema"; by default the parameters of this run.
+            source: images, or latents for a generator that denoises latents.
+            weights: "raw" or "ema"; None takes the parameters of this run.
             batch_size: images at a time, over all devices.
-            on_corrupt: "stop" or "drop" for images that cannot be read.
+            on_corrupt: "stop" raises an error for images that cannot be decoded; "drop" leaves them out.
             num_threads: threads that read images.
 
         Returns:
-            Numbers by name: top1 and top5 in percent, loss, images; of a generator loss and images.
+            For a classifier "top1" and "top5" in percent, "loss" and "images"; for a generator "loss" and "images".
+
+        Raises:
+            ValueError: the source has no image, or a classifier's loss is NaN or Inf.
+            CorruptImage: an image cannot be decoded and on_corrupt is "stop".
         """
         mesh = make_mesh(MeshOptions())
         with jax.set_mesh(mesh):
@@ -124,17 +133,17 @@ class Run(abc.ABC):
             return evaluate(replicate(self.weights[weights or self.parameters], mesh))
 
     def pictures(self, images: Picture | Sequence[Picture]) -> np.ndarray:
-        """Returns images as the data pipeline prepares them for evaluation: resized, centre cropped.
+        """Returns resized and centre-cropped images, as the evaluation pipeline prepares them.
 
         Args:
             images: uint8 arrays (H, W, 3), (H, W) or (B, H, W, 3), Pillow images, paths of image files, or a sequence
-                of these, of any sizes. Photographs that say so in their EXIF data are turned upright.
+                of these, of any sizes. Photographs are turned upright by their EXIF orientation.
 
         Returns:
-            uint8 (B, S, S, 3), S the image size of the run.
+            uint8 (B, S, S, 3), where S is the image size of the run.
 
         Raises:
-            ValueError: no image, or one that is not an image.
+            ValueError: there is no image, or a value is not an image.
         """
         described = self.description["data"]
         is_one = isinstance(images, str | Image.Image) or hasattr(images, "__fspath__")
@@ -155,32 +164,37 @@ class Run(abc.ABC):
 
     @abc.abstractmethod
     def make_task(self, **training: Any) -> Any:
-        """Returns the task; `training`: options that only matter while training."""
+        """Returns the task.
+
+        Args:
+            training: options that only training uses.
+        """
 
     @abc.abstractmethod
     def model_inputs(self, batch_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Returns shapes and dtypes of what the model is called on."""
+        """Returns shapes and dtypes of the model's arguments."""
 
     @abc.abstractmethod
     def preprocess(self, images: Picture | Sequence[Picture]) -> jax.Array:
-        """Returns what the model takes, (B, S, S, 3) float32, made of `images` as `pictures` takes them."""
+        """Returns the model's input, (B, S, S, 3) float32; arguments and errors are those of `pictures`."""
 
     @abc.abstractmethod
     def computation(self) -> dict[str, Any]:
-        """Returns, by key of the configuration, what the model computes and its parameters' shapes do not show."""
+        """Returns the settings that change the computation but not the parameters' shapes, by configuration key."""
 
     @classmethod
     @abc.abstractmethod
     def summary(cls, numbers: Mapping[str, float]) -> list[str]:
-        """Returns the last lines of a run, made of the numbers of its evaluation."""
+        """Returns the lines that a run prints at its end, from the numbers of its evaluation."""
 
 
 def differences(source: Run, target: Run) -> list[str]:
-    """Returns a line for each thing that two runs compute differently although their parameters have equal shapes."""
+    """Returns a line for each setting in which the computations of two runs with equal parameter shapes differ."""
     was, here = source.computation(), target.computation()
     was, here = ({key: _as_tuple(value) for key, value in values.items()} for values in (was, here))
     return [
-        f"{key}: {was[key]} there, {here[key]} here; --config.{key}={str(was[key]).replace(' ', '')} computes the same"
+        f"{key}: {was[key]} in the source, {here[key]} in this run; "
+        f"--config.{key}={str(was[key]).replace(' ', '')} computes the same"
         for key in was
         if key in here and was[key] != here[key]
     ]
@@ -200,10 +214,19 @@ def make_evaluate(
     num_workers: int = 0,
     on_corrupt: str = "stop",
 ) -> Callable[[Parameters], dict[str, float]]:
-    """Returns parameters -> the task's numbers on `source`.
+    """Returns a function parameters -> the task's numbers on `source`.
 
-    Call it under a mesh (`jax.set_mesh`): batches are rounded up to a multiple of its `data` axis. Arguments as of
+    Call the function under a mesh (`jax.set_mesh`), with parameters on its devices. Its numbers and errors are those of
     `Run.evaluate`.
+
+    Args:
+        task: evaluates batches.
+        source: images or latents.
+        description: gives image size and resize.
+        batch_size: images at a time, rounded up to a multiple of the mesh's `data` axis.
+        num_threads: threads that read images.
+        num_workers: worker processes that read images.
+        on_corrupt: "stop" or "drop".
     """
 
     def evaluate(params: Parameters) -> dict[str, float]:

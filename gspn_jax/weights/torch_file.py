@@ -221,9 +221,7 @@ def _array(tensor: Tensor, storage: bytes) -> np.ndarray:
 
 
 class _Machine:
-    """Interprets pickles. Time and memory are proportional to the length of a pickle, since no operation copies
-    a container.
-    """
+    """Interprets pickles in time and memory proportional to their length, since no operation copies a container."""
 
     def __init__(self) -> None:
         self.storages: dict[str, Storage] = {}

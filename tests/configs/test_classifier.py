@@ -1,4 +1,4 @@
-"""Presets of the classifiers."""
+"""Tests of the classifiers' presets."""
 
 from typing import Any
 
@@ -76,8 +76,8 @@ def test_runs_that_compute_something_else_with_the_same_shapes_are_told_apart():
     )
     assert differences(target, target) == []
     assert [line.split(";")[0] for line in differences(source, target)] == [
-        "model.alignment: unturned there, aligned here", "model.chunk: 4 there, 2 here",
-        "data.std: (3.0,) there, (2.0,) here",
+        "model.alignment: unturned in the source, aligned in this run", "model.chunk: 4 in the source, 2 in this run",
+        "data.std: (3.0,) in the source, (2.0,) in this run",
     ]  # fmt: skip
     assert "--config.model.alignment=unturned" in differences(source, target)[0]
 

@@ -1,4 +1,4 @@
-"""Presets of the generators."""
+"""Tests of the generators' presets."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ IMAGES = 1_281_167
 
 
 def description(config: Any) -> dict[str, Any]:
-    """Of a run on ImageNet, or on small images of ten classes."""
+    """Returns the description of a run on ImageNet, or on small images of ten classes."""
     dataset = data.load("fake")
     if config.data.name == "latents":
         names = tuple(map(str, range(1000)))
@@ -69,11 +69,15 @@ def test_runs_that_compute_something_else_with_the_same_shapes_are_told_apart():
     assert differences(new_run(theirs), new_run(ours)) == []
     theirs["model"]["options"] |= dict(alignment="unturned", chunk=2, global_blocks=[])
     assert differences(new_run(theirs), new_run(ours)) == [
-        "model.alignment: unturned there, aligned here; --config.model.alignment=unturned computes the same",
-        "model.global_blocks: () there, (55, 56) here; --config.model.global_blocks=() computes the same",
+        "model.alignment: unturned in the source, aligned in this run; "
+        "--config.model.alignment=unturned computes the same",
+        "model.global_blocks: () in the source, (55, 56) in this run; "
+        "--config.model.global_blocks=() computes the same",
     ]
     dit, sit = (new_run(description(generator.get_config(name))) for name in ("dit_b2", "sit_b2"))
-    assert [line.split(";")[0] for line in differences(dit, sit)] == ["objective: ddpm there, linear here"]
+    assert [line.split(";")[0] for line in differences(dit, sit)] == [
+        "objective: ddpm in the source, linear in this run"
+    ]
 
 
 def test_unknown_preset():

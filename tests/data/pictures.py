@@ -1,4 +1,4 @@
-"""Small image folders on disk for the tests."""
+"""Writes small image folders for the tests."""
 
 import io
 import pathlib
@@ -10,7 +10,7 @@ SIZES = ((48, 64), (64, 48), (40, 40), (100, 30))  # height, width
 
 
 def gradient(height: int, width: int, shade: int = 0) -> np.ndarray:
-    """A smooth picture, which JPEG and resampling leave nearly as it is: red grows with x, green with y."""
+    """Returns a smooth picture that JPEG and resampling hardly change: red grows with x, green with y."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return np.stack([x, y, np.full_like(x, shade)], axis=2).round().astype(np.uint8)
 
@@ -22,7 +22,7 @@ def jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
 
 
 def write_folder(root: pathlib.Path, *, train: int = 6, val: int = 3, classes: int = 3) -> pathlib.Path:
-    """root/{train,val}/class_N/NN.jpg of several sizes; blue says which class."""
+    """Writes root/{train,val}/class_N/NN.jpg in several sizes; the blue value encodes the class."""
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):
             folder = root / split / f"class_{label}"

@@ -84,7 +84,7 @@ def test_erasing_rate_area_and_noise():
         aspects.append(height / width)
         assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean() > 0.98  # one full box
     assert 0.015 < min(shares) and max(shares) < 0.345
-    # Uniform between 2% and 33%, but for the long ones among the large that do not fit.
+    # Areas are uniform between 2% and 33%, except that long, large boxes do not fit.
     assert np.mean(shares) == pytest.approx((0.02 + 1 / 3) / 2, abs=0.015)
     assert np.mean(np.log(aspects)) == pytest.approx(0, abs=0.08)
     assert 0.25 < min(aspects) < 0.4 and 2.5 < max(aspects) < 4
@@ -99,7 +99,7 @@ def test_erasing_noise_has_the_statistics_of_imagenet():
         erase(image, rng)
         values.append(image[np.any(image > 0, axis=2)])
     values = np.concatenate(values).astype(float)
-    # Clipping to 0..255 takes a little off the spread.
+    # Clipping to 0..255 reduces the spread a little.
     np.testing.assert_allclose(values.mean(axis=0), data.IMAGENET_MEAN, atol=1.5)
     np.testing.assert_allclose(values.std(axis=0), data.IMAGENET_STD, atol=2.5)
 
@@ -113,7 +113,7 @@ def test_erasing_leaves_images_alone_that_are_too_small():
 def test_color_jitter_factors():
     grey = Image.new("RGB", (4, 4), (100, 100, 100))
     values = [np.asarray(color_jitter(grey, 0.4, np.random.default_rng(seed)))[0, 0, 0] for seed in range(1500)]
-    # On an even grey only brightness does anything: factors 0.6 to 1.4, uniform.
+    # On uniform grey, only brightness has an effect: its factor is uniform from 0.6 to 1.4.
     assert 60 <= min(values) <= 62 and 138 <= max(values) <= 140
     assert np.mean(values) == pytest.approx(100, abs=2)
     assert np.std(values) == pytest.approx(80 / 12**0.5, abs=1.5)

@@ -12,7 +12,7 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def textured(height: int, width: int) -> np.ndarray:
-    """Noise that resampling sees, but not pure noise."""
+    """Returns smoothed noise, on which resampling errors show."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), np.uint8)
     return np.asarray(Image.fromarray(noise).resize((width, height), BICUBIC))
 
@@ -51,11 +51,11 @@ def test_random_boxes_have_the_right_areas_aspects_and_places():
     aspect = (right - left) / (bottom - top)
     assert share.min() > 0.078 and share.max() <= 1
     assert aspect.min() > 0.74 and aspect.max() < 1.345
-    # Uniform areas up to what always fits (a 3/4 aspect box of 0.6 of this picture is 400 high).
+    # Areas are uniform up to 0.6, which fits at every aspect ratio (a box of aspect 3/4 is then 400 high).
     small = share[share < 0.6]
     assert np.histogram(small, bins=4, range=(0.08, 0.6))[0] / len(small) == pytest.approx([0.25] * 4, abs=0.03)
     assert np.mean(np.log(aspect[share < 0.6])) == pytest.approx(0, abs=0.01)
-    # Uniform places: how far along the free room each box lies.
+    # Positions are uniform, as shares of the free room.
     free = (500 - (right - left) > 50) & (400 - (bottom - top) > 50)
     assert np.mean(left[free] / (500 - (right - left))[free]) == pytest.approx(0.5, abs=0.02)
     assert np.mean(top[free] / (400 - (bottom - top))[free]) == pytest.approx(0.5, abs=0.02)

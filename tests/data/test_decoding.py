@@ -1,4 +1,4 @@
-"""Reading image files: which files, and which way up."""
+"""Tests of image files: accepted files and EXIF orientation."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from gspn_jax.data.decoding import decode, open_picture, read_file
 from tests.data import pictures
 
 UPRIGHT = pictures.gradient(20, 30)  # red grows with x, green with y
-# What a camera stores of the upright image, by the tag's value.
+# Pixels that a camera stores for the upright image, by the value of the EXIF orientation.
 STORED = {
     1: UPRIGHT,
     2: UPRIGHT[:, ::-1],
@@ -43,7 +43,7 @@ def test_exif_rotation_turns_images_upright(orientation: int, kind: str):
     assert image.shape == UPRIGHT.shape
     np.testing.assert_allclose(image.astype(int), UPRIGHT, atol=4)
     plain = np.asarray(decode(open_picture(photograph(orientation, kind))))
-    # Pillow itself turns TIFF files.
+    # Pillow turns TIFF files when it loads them.
     np.testing.assert_allclose(plain.astype(int), UPRIGHT if kind == "TIFF" else STORED[orientation], atol=4)
 
 

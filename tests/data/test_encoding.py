@@ -1,4 +1,4 @@
-"""Folders of latents: interrupted, damaged, made by two runs at once; with an encoder that takes no time."""
+"""Tests of encoding latents, by a cheap encoder: interruption, damage, two runs in one folder."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ OPTIONS: Any = dict(
 
 
 def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means of quarters of 4x4 pixels; the log variance is their negative."""
+    """Returns means of 4x4 pixels' quarters; the log variance is their negative."""
     means = images.reshape(len(images), 2, 4, 2, 4, 3).mean(axis=(2, 4)) / 256
     return means, -means
 

@@ -1,4 +1,4 @@
-"""Records of latents, and batches of them."""
+"""Tests of latents: records and batches."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ COUNTS = {"train": 5, "test": 2}
 
 
 def moments(index: int) -> np.ndarray:
-    """Of image `index` and its mirror image: whole numbers, which float16 holds exactly."""
+    """Returns moments of image `index` and its mirror image: integers, which float16 represents exactly."""
     return (
         np.arange(48, dtype=np.float32).reshape(1, 2, *SHAPE) + 100 * index + np.array([0, 1000]).reshape(2, 1, 1, 1, 1)
     )

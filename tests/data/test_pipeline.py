@@ -10,7 +10,7 @@ RECIPE = data.Augmentation(crop="resized", flip=True, randaugment_magnitude=9, e
 
 
 class Numbered:
-    """Image i is filled with i (low byte red, high byte green), so that a batch tells which samples it holds."""
+    """A source whose image i is filled with i (low byte red, high byte green), to identify samples in batches."""
 
     def __init__(self, size: int, bad: tuple[int, ...] = ()):
         self.size, self.bad = size, bad
@@ -159,8 +159,8 @@ def test_restored_batches_continue_in_another_number_of_processes_and_batch_size
     [
         ({"seed": 4}, "state: expected seed=0, as in this run, got 4"),
         ({"samples": 31}, "state: expected samples=40, as in this run, got 31"),
-        ({"position": -8}, "state: expected what Batches.state.. gave"),
-        ({"extra": 1}, "state: expected what Batches.state.. gave"),
+        ({"position": -8}, "state: expected a value of Batches.state.."),
+        ({"extra": 1}, "state: expected a value of Batches.state.."),
     ],
 )
 def test_restore_refuses_the_state_of_another_stream(change, message):
@@ -198,7 +198,7 @@ def test_corrupt_image_is_replaced_counted_and_reported_once(tmp_path, caplog):
         assert str(tmp_path / "train/class_1/02.jpg") in messages[0] and "replaced by its neighbour" in messages[0]
     for first, second in zip(*runs, strict=True):
         same(first, second)
-    # All other rows are what they were; the replaced one is the next file.
+    # The next file replaces one row; all other rows are unchanged.
     changed = [
         batch["image"][row]
         for batch, before in zip(runs[0], plain, strict=True)

@@ -106,7 +106,7 @@ def spot(row: int, column: int, side: int = 41) -> np.ndarray:
 
 
 def centre_of(image: np.ndarray) -> tuple[float, float]:
-    """Where the white spot is; the grey that came in at the edges is below the threshold."""
+    """Returns the position of the white spot; grey from the edges is below the threshold."""
     rows, columns = np.nonzero(image[..., 2] > 150)
     return rows.mean(), columns.mean()
 
@@ -118,7 +118,7 @@ def centre_of(image: np.ndarray) -> tuple[float, float]:
         ("translate_y", 10, 30, 20, (30 - 0.45 * 41, 20)),
         ("shear_x", 10, 30, 25, (30, 25 - 0.3 * 30)),
         ("shear_y", 10, 25, 30, (25 - 0.3 * 30, 30)),
-        # 30 degrees counter-clockwise about (20, 20): what was to the right goes up.
+        # A turn by 30 degrees counter-clockwise about (20, 20) moves a spot on the right upwards.
         ("rotate", 10, 20, 34, (20 - 14 * 0.5, 20 + 14 * 0.866)),
     ],
 )
@@ -153,7 +153,7 @@ def test_operations_are_chosen_alike_and_half_of_them_carried_out(monkeypatch):
     assert len(calls) / 12000 == pytest.approx(0.5, abs=0.015)
     assert [names.count(name) / len(calls) for name in ra.OPERATIONS] == pytest.approx([1 / 15] * 15, abs=0.012)
     assert np.mean(signs) == pytest.approx(0.5, abs=0.02)
-    # Normal about 9 with deviation 0.5, cut off at 10 (two deviations up).
+    # Levels are normal with mean 9 and deviation 0.5, clipped at 10 (two deviations up).
     assert max(levels) == 10 and np.mean(np.array(levels) == 10) == pytest.approx(0.0228, abs=0.008)
     assert np.median(levels) == pytest.approx(9, abs=0.03)
     assert np.mean(np.array(levels) < 8.5) == pytest.approx(0.1587, abs=0.015)

@@ -169,7 +169,7 @@ def test_fake_is_repeatable_and_its_classes_differ():
     np.testing.assert_array_equal(image, dataset.train[13][0])
     assert not np.array_equal(image, dataset.train[18][0]) and dataset.train[18][1] == 3
     assert not np.array_equal(dataset.train[0][0], dataset.test[0][0])
-    # Learnable: the mean colour of the nearest class, from the training images alone, tells held-out ones.
+    # The classes are learnable: the nearest mean colour of the training images classifies held-out images.
     colours = np.stack([dataset.train[i][0].mean(axis=(0, 1)) for i in range(200)])
     centres = np.stack([colours[label::5].mean(axis=0) for label in range(5)])
     found = [np.argmin(np.abs(dataset.test[i][0].mean(axis=(0, 1)) - centres).sum(axis=1)) for i in range(100)]

@@ -1,4 +1,4 @@
-"""Datasets prepared by TensorFlow Datasets, in both of its usual file formats, read without TensorFlow."""
+"""Tests of reading datasets of TensorFlow Datasets, in its two usual file formats, without TensorFlow."""
 
 import pathlib
 import pickle
@@ -17,7 +17,7 @@ tfds: Any = pytest.importorskip("tensorflow_datasets")
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
-    """Six training and four validation pictures of three classes."""
+    """A dataset builder with six training and four validation pictures of three classes."""
 
     VERSION = tfds.core.Version("1.2.0")
 
@@ -52,7 +52,7 @@ def prepared(tmp_path_factory) -> pathlib.Path:
 
 
 def contents(source: data.Source) -> dict[int, int]:
-    """Height of each picture, which says its number, and its label; pixels are compared on the way."""
+    """Returns {number: label} of all pictures and checks their pixels; a picture's height encodes its number."""
     found = {}
     for index in range(len(source)):
         image, label = source[index]
@@ -73,7 +73,7 @@ def crc32c(content: bytes) -> int:
 
 
 def record(content: bytes) -> bytes:
-    """As TensorFlow writes it, its rotated checksums included."""
+    """Returns a record in TensorFlow's format, with its masked checksums."""
 
     def checksum(part: bytes) -> bytes:
         value = crc32c(part)
@@ -112,7 +112,7 @@ def test_folder_above_the_versions_takes_the_newest(prepared):
 
 @pytest.fixture(scope="module")
 def as_tfrecord(prepared, tmp_path_factory) -> pathlib.Path:
-    """The same dataset as tfds prepares it with TensorFlow: two shards of the training split."""
+    """Writes the same dataset as tfrecord files, with two shards of the training split."""
     folder = tmp_path_factory.mktemp("records") / "tiny" / "1.2.0"
     folder.mkdir(parents=True)
     dataset: Any = data.load("tfds", str(prepared))

@@ -1,4 +1,4 @@
-"""Worker processes: the same batches as without them. They are slow to start, so three tests check much."""
+"""Tests that worker processes give the same batches. They start slowly, so three tests check much."""
 
 import subprocess
 import sys
@@ -76,7 +76,7 @@ if __name__ == "__main__":
 
 
 def test_no_shared_memory_is_left_behind(tmp_path: Path):
-    """Python's resource tracker complains at the end of a program that leaves some."""
+    """Checks that Python's resource tracker does not complain at the end of a program."""
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py")]
     root = str(Path(__file__).parents[2])

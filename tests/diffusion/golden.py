@@ -1,4 +1,4 @@
-"""What other programs computed, channels last."""
+"""Arrays that reference programs computed, channels last."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ def read(name: str) -> dict[str, np.ndarray]:
 
 
 def largest_error(got, want: np.ndarray) -> float:
-    """As a share of the largest value."""
+    """Returns the largest error divided by the largest value."""
     got = np.asarray(got)
     assert got.shape == want.shape, (got.shape, want.shape)
     return float(np.abs(got - want).max() / np.abs(want).max())

@@ -33,7 +33,7 @@ MEAN, SPREAD = 1.5, 0.5
 
 
 def velocity_of_gaussian(interpolant):
-    """The velocity where data are normal of this mean and spread: then x_t is normal, and everything is known."""
+    """Returns the exact velocity for normally distributed data, for which x_t is normal, too."""
 
     def denoiser(x, t):
         at = interpolant.coefficients(t, x)

@@ -54,7 +54,7 @@ PROCESS = GaussianDiffusion.linear()
 
 
 def noise_of_gaussian(x, timestep):
-    """The expected noise where data are normal of this mean and spread."""
+    """Returns the expected noise for normally distributed data."""
     share = jnp.asarray(PROCESS.alphas_bar, x.dtype)[timestep].reshape(-1, *[1] * (x.ndim - 1))
     variance = share * SPREAD**2 + 1 - share
     return jnp.sqrt(1 - share) / variance * (x - jnp.sqrt(share) * MEAN)
@@ -122,7 +122,7 @@ def test_steps_by_hand():
 
 
 def linear_denoiser(x, time, labels):
-    """Eight channels of x's four, each other by label and time."""
+    """Returns eight channels from x's four; labels and times change each."""
     size = (labels.astype(time.dtype) + 1.0 + time).reshape(-1, 1, 1, 1)
     return jnp.concatenate([x * size, x + size], axis=-1)
 
@@ -149,7 +149,7 @@ def test_bad_arguments():
         samplers.steps(PROCESS, 1001)
     with pytest.raises(ValueError, match="spacing: expected one of ends, leading, trailing, linspace; got 'even'"):
         samplers.steps(PROCESS, 10, "even")
-    with pytest.raises(ValueError, match=r"noise: expected what to draw of where eta is 0\.5"):
+    with pytest.raises(ValueError, match=r"noise: expected a SampleNoise, since eta is 0\.5"):
         samplers.ddim(noise_of_gaussian, jnp.zeros((1, 1)), samplers.steps(PROCESS, 2), eta=0.5)
     with pytest.raises(ValueError, match="interval: expected a smaller and a larger time"):
         guided(linear_denoiser, jnp.zeros(1, int), scale=2.0, no_class=1, interval=(5, 2))

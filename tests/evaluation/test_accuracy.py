@@ -1,4 +1,4 @@
-"""Exact counts of right answers."""
+"""Tests of the exact counts of right answers."""
 
 import jax
 import jax.numpy as jnp

@@ -28,7 +28,7 @@ def test_running_moments_far_from_zero():
 
 @pytest.mark.parametrize("count", [300, 12])
 def test_frechet_distance_is_that_by_a_matrix_root(count):
-    """Also of fewer samples than features, whose covariance has no inverse."""
+    """Includes fewer samples than features, whose covariance is singular."""
     one, other = (np.cov(draw(count, 16, seed), rowvar=False) for seed in (1, 2))
     means = draw(2, 16, 3)
     root = np.real(scipy.linalg.sqrtm(one @ other))

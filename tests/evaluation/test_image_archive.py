@@ -1,4 +1,4 @@
-"""Files of images: made batch by batch, read block by block, damaged."""
+"""Tests of image archives: written batch by batch, read block by block, damaged."""
 
 import json
 from pathlib import Path

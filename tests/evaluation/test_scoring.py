@@ -1,4 +1,4 @@
-"""Scores of files of images against NumPy and SciPy, by features that are cheap to compute."""
+"""Compares scores of image archives with NumPy and SciPy, on features that are cheap to compute."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ def project(images: np.ndarray) -> np.ndarray:
 
 
 def inception(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Stands in for Inception: its names and axes."""
+    """Replaces Inception: returns cheap features with its names and axes."""
     x = project(images)
     return {POOLED: x, SPATIAL: np.sin(x), LOGITS: 2 * x}
 
@@ -73,7 +73,7 @@ def test_scores_of_inception(files: dict[str, Any]):
 
 
 def batches(images: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """Two batches; the last row is padding."""
+    """Returns two batches; the last row is padding."""
     parts = [images[:30], np.concatenate([images[30:], np.zeros_like(images[:1])])]
     masks = [np.ones(30, bool), np.arange(len(parts[1])) < len(parts[1]) - 1]
     return [{"image": part, "mask": mask} for part, mask in zip(parts, masks, strict=True)]

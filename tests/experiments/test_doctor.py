@@ -92,7 +92,7 @@ def test_a_fault_is_found_once_and_alone(here, changes, words):
     "here, changes, words",
     [
         (CPU, {"installed": ON_CPU | {"flax": "0.12.13"}}, "flax is 0.12.13; requirements.txt pins 0.12.12"),
-        (CPU, {"environment": {"JAX_PLATFORMS": "cpu"}}, "a GPU that comes later"),
+        (CPU, {"environment": {"JAX_PLATFORMS": "cpu"}}, "a GPU added later"),
         (GPU, {"environment": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}}, "PREALLOCATE is off"),
     ],
 )

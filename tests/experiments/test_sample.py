@@ -169,7 +169,8 @@ def test_a_run_starts_from_another(workdir: str, tmp_path: Path, capsys: pytest.
     train.run(tiny_config(init_from=workdir, objective="gvp", steps=1), str(tmp_path / "run"))
     printed = capsys.readouterr().out
     assert f"from {workdir}, step 3, moving average:" in printed and "starts fresh" not in printed
-    assert "differs: objective: ddpm there, gvp here; --config.objective=ddpm computes the same" in printed
+    line = "differs: objective: ddpm in the source, gvp in this run; --config.objective=ddpm computes the same"
+    assert line in printed
 
 
 def test_a_classifier_does_not_start_from_a_generator(workdir: str, tmp_path: Path):

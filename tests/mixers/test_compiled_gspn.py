@@ -1,4 +1,4 @@
-"""The kernels in the compiled train step of a GSPN module: none runs more often than it must."""
+"""Counts the kernels in the compiled train step of a GSPN module: none runs more often than necessary."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def kernels_of_a_step(remat: bool) -> dict[str, int]:
-    """Kernels by name in the compiled program of one module and SGD."""
+    """Returns the number of kernels by name in the compiled train step of one module with SGD."""
     graph, state = nnx.split(nnx.eval_shape(lambda: GSPNMixer(32, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
     optimizer = optax.sgd(0.1)
 
@@ -35,7 +35,7 @@ def kernels_of_a_step(remat: bool) -> dict[str, int]:
         return optax.apply_updates(state, updates), moments
 
     x = jax.ShapeDtypeStruct((1, 8, 8, 32), jnp.bfloat16)
-    # flax's layers mix float32 parameters with bfloat16 maps by the usual promotion.
+    # flax's layers need standard promotion: they mix float32 parameters with bfloat16 maps.
     with jax.numpy_dtype_promotion("standard"), record_choices() as choices:
         compilation = compile_only.compile_for_h200(step, state, jax.eval_shape(optimizer.init, state), x)
     assert {choice.implementation for choice in choices} == {"mosaic"}
@@ -45,12 +45,12 @@ def kernels_of_a_step(remat: bool) -> dict[str, int]:
 
 @pytest.mark.parametrize("remat,forward", [(False, 1), (True, 2)])
 def test_kernels_of_a_train_step(remat, forward):
-    """One forward kernel for all directions, four backward. With remat only the forward kernel runs once more."""
+    """Expects one forward kernel for all directions and four backward kernels; remat adds one forward kernel."""
     assert kernels_of_a_step(remat) == {"propagation_on_chip": forward, "propagation_backward": 4}
 
 
 def test_maps_in_memory_are_not_kept_for_the_gradient():
-    """Four layers of variant "fused": memory holds at most the maps of one layer and their gradients."""
+    """Checks that four layers of variant "fused" hold at most the maps of one layer and their gradients."""
     shape, rank, layers = (8, 16, 16, 64), 16, 4
     array: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     up = UpProjection(array((layers, rank, 4, 3, 64)), *[array((layers, rank, 4, 64))] * 3)

@@ -11,7 +11,7 @@ from tests.tolerances import assert_close
 
 
 def numpy_mixer(mixer, x):
-    """The module's equations in float64, without any padding."""
+    """Computes the module's equations in float64, without padding."""
 
     def kernel(layer):
         return np.asarray(layer.kernel[...], np.float64)
@@ -93,7 +93,7 @@ def test_bad_arguments(options, words):
 
 
 def loss_of(**options):
-    """A small mixer's loss as a function of its parameters and a map; and the two arguments."""
+    """Returns a small mixer's loss as a function of its parameters and a map, and these two arguments."""
     mixer = GSPNMixer(6, proxy_rank=3, propagation_channels=4, weight_channels=2, rngs=nnx.Rngs(0), **options)
     graph, params = nnx.split(mixer)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 4, 3, 6)), jnp.float32)

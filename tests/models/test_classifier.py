@@ -15,7 +15,7 @@ TINY = dict(widths=(8, 12), depths=(1, 1), global_stages=(1,), proxy_rank=2, mlp
 
 
 def tiny(**options):
-    """A small network whose parameters come from NumPy: compiling JAX's generators takes longer than all tests here."""
+    """Returns a small network with parameters from NumPy; compiling JAX's generators takes longer than these tests."""
     options = {key: value for key, value in {**TINY, **options}.items() if value is not None}
     abstract = nnx.eval_shape(lambda: create_model("gspn_t", num_classes=5, rngs=nnx.Rngs(0), **options))
     graph, state = nnx.split(abstract)
@@ -79,7 +79,7 @@ def test_any_size_gives_finite_logits_that_depend_on_every_corner(mixer, size):
 
 
 def test_global_is_global_at_every_resolution():
-    """Moving one pixel far from a block's first line changes its last: no chunk grows out of the training size."""
+    """Checks that a pixel changes outputs far beyond the training size: a global block is not a large chunk."""
     block = tiny(widths=(8,), depths=(1,), global_stages=(0,)).stages[0][0].mixer
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 96, 3, 12)), jnp.float32)
     influence = jax.jit(jax.grad(lambda array: jnp.sum(jnp.abs(block(array)[0, -1]))))(x)

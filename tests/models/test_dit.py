@@ -13,7 +13,7 @@ TINY: dict[str, Any] = dict(width=16, depth=2, num_heads=2)
 
 
 def tiny(**options: Any):
-    """None of its parameters is zero."""
+    """Returns a small network without zero parameters."""
     options = {key: value for key, value in {**TINY, **options}.items() if value is not None}
     graph, state = nnx.split(nnx.eval_shape(lambda: create_model("dit_s2", num_classes=5, rngs=nnx.Rngs(0), **options)))
     rng = np.random.default_rng(0)

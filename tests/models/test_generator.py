@@ -16,12 +16,12 @@ from tests.tolerances import assert_close
 
 WIDTH, CLASSES = 12, 5
 TINY = dict(width=WIDTH, depth=2, proxy_rank=2, global_blocks=())
-# Of the blocks 0, 1 before the middle, 2, and 3, 4 after it: both scans are cut.
+# In-blocks 0 and 1, middle block 2, out-blocks 3 and 4. These global blocks split both scans into two runs.
 GLOBAL_BLOCKS = (1, 3)
 
 
 class Scale(nnx.Module):
-    """Stands in for a mixer and compiles in no time: a factor for each channel, twice that where it is global."""
+    """A mixer that compiles fast: it multiplies each channel by a factor, and by twice that if it is global."""
 
     def __init__(self, features, *, chunk, dtype, rngs):
         self.chunk, self.scale = chunk, nnx.Param(jnp.ones(features))
@@ -31,7 +31,7 @@ class Scale(nnx.Module):
 
 
 def tiny(**options):
-    """A small network whose parameters come from NumPy, none of them zero."""
+    """Returns a small network whose parameters come from NumPy; none is zero."""
     options = {key: value for key, value in {**TINY, **options}.items() if value is not None}
     return random_parameters(functools.partial(create_model, "gspn_s2", num_classes=CLASSES, **options))
 
@@ -58,7 +58,7 @@ def abstract(name="gspn_s2", **options):
 
 
 def chunks(model):
-    """Of all blocks, in order of execution."""
+    """Returns the chunks of all blocks, in order of execution."""
     found = []
     for blocks, runs in ((model.in_blocks, model.in_runs), (None, ()), (model.out_blocks, model.out_runs)):
         if blocks is None:
@@ -86,14 +86,14 @@ def test_presets(name):
 
 
 def unrolled(mixer, model, latents, timestep, label, key=None):
-    """The network as a loop over blocks, each built by itself, with its slice of the parameters."""
+    """Computes the network by a loop over blocks, each built separately with its slice of the parameters."""
     condition = model.conditioning(timestep, label)
     residual = model.embed(layers.patches(latents, model.patch)) + condition[:, None, None]
     hidden, skips, half = jnp.zeros_like(residual), [], model.depth // 2
     keys = [None] * (model.depth + 2) if key is None else jax.random.split(key, model.depth + 2)
 
     def dropped(hidden, index):
-        """What block `index` - 1 put out."""
+        """Returns the output of block `index` - 1 after stochastic depth."""
         if key is None or index == 0:
             return hidden
         return layers.drop_path(hidden, model.drop_path * (index - 1) / model.depth, keys[index])
@@ -118,7 +118,7 @@ def unrolled(mixer, model, latents, timestep, label, key=None):
 
 
 def test_scans_cut_in_the_middle_equal_a_loop_over_blocks():
-    """Training, with rematerialisation and stochastic depth: values and all gradients."""
+    """Compares values and all gradients in training, with rematerialisation and stochastic depth."""
     build = functools.partial(Generator, CLASSES, WIDTH, 4, mixer=Scale, global_blocks=GLOBAL_BLOCKS)
     graph, params = nnx.split(random_parameters(functools.partial(build, remat=True, drop_path=0.5)))
     arrays, key = inputs(3, 10, 6), jax.random.key(3)

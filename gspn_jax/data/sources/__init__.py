@@ -1,4 +1,4 @@
-"""Data sources: one file per family; protocol.py says what they offer."""
+"""Data sources, one file per family; protocol.py defines their interface."""
 
 import inspect
 from collections.abc import Callable

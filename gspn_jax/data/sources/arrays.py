@@ -13,7 +13,7 @@ _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def digits(path: str | None = None) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits: uint8 (8, 8, 3), 10 classes, a stratified random fifth held out."""
+    """Opens scikit-learn's 1,797 digits: uint8 (8, 8, 3), 10 classes; a stratified random fifth is held out."""
     if path is not None:
         raise ValueError(f"path: expected None, because the digits come with scikit-learn, got {path!r}")
     from sklearn.datasets import load_digits
@@ -32,7 +32,7 @@ def digits(path: str | None = None) -> Dataset:
 def npz(
     path: str | None = None, *, num_classes: int | None = None, class_names: Sequence[str] | None = None
 ) -> Dataset:
-    """Arrays x_train, y_train, x_test, y_test of one .npz file.
+    """Opens the arrays x_train, y_train, x_test, y_test of one .npz file.
 
     Args:
         path: the file. Images uint8 (N, H, W, 3) or (N, H, W); labels integers (N,) or (N, 1).

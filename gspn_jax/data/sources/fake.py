@@ -51,7 +51,7 @@ def fake(
     test_size: int = 256,
     seed: int = 0,
 ) -> Dataset:
-    """Synthetic images, uint8 (H, W, 3), made on access from (seed, index); see `Stripes`.
+    """Makes synthetic images, uint8 (H, W, 3), on access from (seed, index); see `Stripes`.
 
     Args:
         path: None; nothing is read.

@@ -18,7 +18,7 @@ _PREFIX = {"train": "train", "test": "t10k"}
 
 
 def fashion_mnist(path: str | None = None) -> Dataset:
-    """Fashion-MNIST: uint8 (28, 28, 3), 10 classes.
+    """Opens Fashion-MNIST: uint8 (28, 28, 3), 10 classes.
 
     Args:
         path: folder of the four idx files (`train-images-idx3-ubyte` and so on, plain or .gz); None for the folder of
@@ -29,7 +29,7 @@ def fashion_mnist(path: str | None = None) -> Dataset:
     """
     folder = pathlib.Path(path or DEBIAN_FOLDER)
     if not folder.is_dir():
-        hint = "" if path else " (apt install dataset-fashion-mnist puts it there; or give the path of the idx files)"
+        hint = "" if path else " (apt install dataset-fashion-mnist installs it; or give the path of the idx files)"
         raise ValueError(f"path: expected a folder of Fashion-MNIST idx files, got {str(folder)!r}: not a folder{hint}")
     splits = {}
     for split, prefix in _PREFIX.items():

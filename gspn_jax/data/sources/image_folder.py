@@ -33,7 +33,7 @@ class ImageFolder(FileSource):
 
 
 def image_folder(path: str | None = None) -> Dataset:
-    """Images of any size and number in root/train/CLASS/ and root/val/CLASS/; the classes are train's sorted folders.
+    """Opens images of any size in root/train/CLASS/ and root/val/CLASS/; the classes are train's sorted folders.
 
     Files whose name starts with a dot or has no image extension (jpg, jpeg, png, webp, bmp, ppm, tif, tiff, gif, in
     any case) are left out. A class may be missing in val, because validation sets may be small, but not in train.
@@ -80,7 +80,7 @@ def _class_names(root: pathlib.Path, split: str) -> list[str]:
 
 
 def _image_files(folder: pathlib.Path) -> list[bytes]:
-    """Sorted names of the image files of a folder; empty if val lacks the class."""
+    """Returns the sorted names of the image files in a folder; empty if val lacks the class."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:

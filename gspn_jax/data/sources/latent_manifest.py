@@ -1,4 +1,4 @@
-"""The manifest of a folder of latents: how they were made, which shards there are, and their checksums."""
+"""The manifest of a folder of latents: the settings of the encoding, the shards, and their checksums."""
 
 import json
 import math
@@ -11,7 +11,7 @@ UNFINISHED = "encoding.json"  # the settings, until all shards are written
 SPLITS = ("train", "test")
 MAX_SHARDS = 99_999  # five digits in a file's name
 
-# Key: what its value must be, in words, and a check. A folder may lack `files`: earlier versions wrote no checksums.
+# Key: the expected value in words, and a check of it. `files` is optional: earlier versions wrote no checksums.
 _NEEDED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "shape": ("three integers >= 1", lambda value: _is_list(value, _is_count) and len(value) == 3),
     "dtype": ("float16 or float32", lambda value: value in ("float16", "float32")),

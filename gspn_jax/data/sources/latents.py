@@ -31,7 +31,7 @@ class LatentRecord:
 
     Attributes:
         shape: (H, W, C) of the latents.
-        dtype: of the stored numbers, "float16" or "float32".
+        dtype: dtype of the stored numbers, "float16" or "float32".
         copies: 2 if the mirror image is included, else 1.
     """
 
@@ -137,7 +137,7 @@ def open_shard(file: str) -> Any:
 
 
 def latents(path: str | None = None) -> Dataset:
-    """Latents of a dataset: the mean and log variance of each image, from which training draws anew each time.
+    """Opens latents: mean and log variance for each image, from which training draws new latents in each epoch.
 
     Args:
         path: a folder that `gspn_jax.data.encoding.encode_dataset` wrote.

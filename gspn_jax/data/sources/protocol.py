@@ -1,4 +1,4 @@
-"""What a data source must offer: random access by index."""
+"""The interface of data sources: random access by index."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class Source(Protocol):
     """Images with labels, by index. Must be picklable when worker processes are used."""
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Returns the number of samples."""
         ...
 
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, int]:
@@ -23,7 +23,7 @@ class Source(Protocol):
         ...
 
     def describe(self, index: int, /) -> str:
-        """Path or index of the sample, for messages."""
+        """Returns the path or index of the sample, for messages."""
         ...
 
 
@@ -51,7 +51,7 @@ class Latents(Protocol):
     copies: int
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
         ...
 
     def latents(self, index: int, copy: int = 0, /) -> tuple[np.ndarray, np.ndarray, int]:
@@ -59,13 +59,13 @@ class Latents(Protocol):
         ...
 
     def describe(self, index: int, /) -> str:
-        """Path or index of the sample, for messages."""
+        """Returns the path or index of the sample, for messages."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpace:
-    """Which latents a dataset holds.
+    """The latents that a dataset holds.
 
     Attributes:
         shape: (H, W, C) of the latents of an image.

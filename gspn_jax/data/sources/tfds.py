@@ -52,15 +52,15 @@ def tfds(
     train_split: str = "train",
     test_split: str | None = None,
 ) -> Dataset:
-    """A dataset prepared by TensorFlow Datasets, in array_record (best) or tfrecord files.
+    """Opens a dataset prepared by TensorFlow Datasets, in array_record (best) or tfrecord files.
 
     Args:
         path: folder of the prepared dataset, with its dataset_info.json, such as DATA_DIR/imagenet2012/5.1.0;
-            DATA_DIR/imagenet2012 is enough and takes the newest version there.
+            DATA_DIR/imagenet2012 takes the newest version in it.
         image_key: name of the image feature.
         label_key: name of the class label feature, which also gives the number of classes and their names.
         train_split: name of the training split.
-        test_split: name of the held-out split; by default "validation" if there is one, else "test".
+        test_split: name of the held-out split; by default "validation" if the dataset has it, else "test".
 
     Raises:
         ValueError: no such folder, split or feature; an empty split; files of another format; truncated files.
@@ -110,7 +110,7 @@ def _version(name: str) -> tuple[int, ...]:
 
 
 def _records(builder: Any, split: str) -> Any:
-    """Random access to the serialised examples of a split."""
+    """Returns random access to the serialised examples of a split."""
     info = builder.info.splits[split]
     kind = str(getattr(builder.info.file_format, "value", builder.info.file_format))
     if kind == "array_record":

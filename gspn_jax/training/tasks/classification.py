@@ -1,4 +1,4 @@
-"""The task of image classification: images and labels to a loss, and parameters to an accuracy."""
+"""The image classification task: loss of a batch, and accuracy of parameters."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +21,15 @@ class Classification:
     """Trains and evaluates a classifier.
 
     Args:
-        build: NNX rngs -> module, called as `module(images, key=key) -> logits` with images (B, H, W, C) float32,
-            normalised; key=None means inference; logits (B, num_classes) float32.
-        num_classes: length of the logits.
-        mean, std: per channel, on the 0..255 scale; images come as uint8 and are normalised on the device.
-        mixing: mixup, cutmix and label smoothing of training batches; None: none of them.
+        build: NNX rngs -> module. `module(images, key=key)` maps normalised images (B, H, W, C) float32 to logits
+            (B, num_classes) float32; key=None means inference.
+        num_classes: number of classes.
+        mean, std: normalisation of each channel, on the 0..255 scale. Images arrive as uint8; the device normalises
+            them.
+        mixing: mixup, cutmix and label smoothing of training batches; None for none.
+
+    Raises:
+        ValueError: mean and std differ in length, or a std is not positive.
     """
 
     def __init__(
@@ -51,15 +55,15 @@ class Classification:
         return self._module.init(key)
 
     def logits(self, params: Parameters, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Returns (B, num_classes) logits of (B, H, W, C) images on the 0..255 scale. Traceable."""
+        """Returns logits (B, num_classes) for images (B, H, W, C) on the 0..255 scale. Traceable."""
         return self._module.apply(params, self.normalised(images), key=key)
 
     def features(self, params: Parameters, images: jax.Array) -> jax.Array:
-        """Returns (B, F) float32, what the head sees, of (B, H, W, C) images on the 0..255 scale. Traceable."""
+        """Returns the head's input, (B, F) float32, for images (B, H, W, C) on the 0..255 scale. Traceable."""
         return self._module.apply(params, self.normalised(images), method="features")
 
     def normalised(self, images: jax.Array) -> jax.Array:
-        """Returns (B, H, W, C) float32 as the module takes it, of images on the 0..255 scale. Traceable."""
+        """Returns the module's input, (B, H, W, C) float32, for images on the 0..255 scale. Traceable."""
         mean, std = (jnp.asarray(value).reshape(1, 1, 1, -1) for value in (self._mean, self._std))
         return (images.astype(jnp.float32) - mean) / std
 
@@ -69,9 +73,9 @@ class Classification:
         """Returns the mean cross entropy, () float32, and the accuracy in percent on the mixed batch. Traceable.
 
         Args:
-            params: nested dict.
+            params: nested dict of float32 arrays.
             batch: "image" (B, H, W, C) uint8 and "label" (B,) int32.
-            key: PRNG key for mixing and for the module.
+            key: PRNG key of mixing and of the module.
         """
         mix_key, module_key = jax.random.split(key)
         images, targets = mix(
@@ -83,11 +87,14 @@ class Classification:
         return loss, {"accuracy": 100.0 * right.mean()}
 
     def evaluate(self, params: Parameters, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
-        """Returns top1 and top5 in percent, loss and images; on the mesh that `jax.set_mesh` has set.
+        """Returns "top1" and "top5" in percent, "loss" and "images", computed on the mesh set by `jax.set_mesh`.
 
         Args:
-            params: nested dict, placed.
-            batches: "image" (b, H, W, C) uint8, "label" (b,) int32, "mask" (b,) bool: the rows of this process.
+            params: nested dict of arrays on the mesh.
+            batches: rows of this process: "image" (b, H, W, C) uint8, "label" (b,) int32, "mask" (b,) bool.
+
+        Raises:
+            ValueError: the batches have no image, or the loss is NaN or Inf.
         """
         place = functools.partial(place_batch, mesh=jax.sharding.get_mesh())
         return accuracy(lambda batch: self._count(params, batch), batches, place)

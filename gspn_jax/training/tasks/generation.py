@@ -1,4 +1,4 @@
-"""The task of class-conditional generation: images or latents and labels to the loss of a diffusion objective."""
+"""The class-conditional generation task: the loss of a diffusion objective on images or latents with labels."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -22,13 +22,17 @@ class Generation:
     """Trains a denoiser.
 
     Args:
-        build: NNX rngs -> module, called as `module(x, time, label, key=key)` with x (B, H, W, C) float32, time (B,)
-            as the objective counts it and label (B,) int32; key=None means inference. It returns (B, H, W, C) or, with
-            what the objective may learn of a variance, (B, H, W, 2 C).
-        num_classes: labels are below it; itself it stands for "no class".
-        objective: a process of noise prediction, or an interpolant of velocities.
-        label_dropout: share of images that are trained without their class.
-        latent_scale: what latents are multiplied with.
+        build: NNX rngs -> module. `module(x, time, label, key=key)` takes x (B, H, W, C) float32, time (B,) in the
+            objective's units and label (B,) int32, and returns (B, H, W, C), or (B, H, W, 2 C) with variance channels;
+            key=None means inference.
+        num_classes: number of classes; label num_classes means "no class".
+        objective: a Gaussian process, whose denoiser predicts noise, or an interpolant, whose denoiser predicts
+            velocities.
+        label_dropout: share of images that are trained without their class, in [0, 1).
+        latent_scale: factor by which latents are multiplied.
+
+    Raises:
+        ValueError: label_dropout is out of range.
     """
 
     def __init__(
@@ -54,20 +58,21 @@ class Generation:
     def denoise(
         self, params: Parameters, x: jax.Array, time: jax.Array, label: jax.Array, key: jax.Array | None = None
     ) -> jax.Array:
-        """Returns what the module says, float32. Traceable."""
+        """Returns the module's prediction, (B, H, W, C) or (B, H, W, 2 C) float32. Traceable."""
         output = self._module.apply(params, x, time, label, key=key).astype(jnp.float32)
-        # A velocity has no variance.
+        # Interpolants do not use the variance channels.
         return split_output(output, x.shape[-1])[0] if isinstance(self.objective, Interpolant) else output
 
     def loss(
         self, params: Parameters, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the mean loss, () float32, and its parts. Traceable.
+        """Returns the mean loss, () float32, and the means of its parts. Traceable.
 
         Args:
-            params: nested dict.
-            batch: "label" (B,) int32; "image" (B, H, W, C) uint8, or "mean" and "log_variance" (B, H, W, C) of latents.
-            key: PRNG key for times, noise, latents, dropped labels and the module.
+            params: nested dict of float32 arrays.
+            batch: "label" (B,) int32; "image" (B, H, W, C) uint8, or the latents' "mean" and "log_variance"
+                (B, H, W, C).
+            key: PRNG key of times, noise, latents, dropped labels and the module.
         """
         data_key, drop_key, module_key = jax.random.split(key, 3)
         label = batch["label"]
@@ -78,7 +83,17 @@ class Generation:
         return losses["loss"].mean(), numbers
 
     def evaluate(self, params: Parameters, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
-        """Returns the loss on images that come with a "mask", by times and noise that depend on their place alone."""
+        """Returns "loss" and "images", computed on the mesh set by `jax.set_mesh`.
+
+        Times and noise depend only on an image's batch and row, so evaluations of equal batches are comparable.
+
+        Args:
+            params: nested dict of arrays on the mesh.
+            batches: rows of this process, as for `loss`, with "mask" (b,) bool; False rows are padding.
+
+        Raises:
+            ValueError: the batches have no image.
+        """
         place = functools.partial(place_batch, mesh=jax.sharding.get_mesh())
         total, count = 0.0, 0.0
         for number, batch in enumerate(batches):
@@ -91,6 +106,7 @@ class Generation:
     def _evaluation_losses(
         self, params: Parameters, batch: dict[str, Any], number: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
+        """Returns the summed loss, () float32, and the number of images, () float32, of batch `number`."""
         key = jax.random.fold_in(jax.random.key(0), number)
         losses = self._losses_of(params, batch, batch["label"], key, None)["loss"]
         mask = batch["mask"]
@@ -104,6 +120,7 @@ class Generation:
         data_key: jax.Array,
         module_key: jax.Array | None,
     ) -> dict[str, jax.Array]:
+        """Returns the objective's losses, each (B,), at random times and with random noise."""
         latent_key, time_key, noise_key = jax.random.split(data_key, 3)
         x = self.inputs(batch, latent_key)
         noise = jax.random.normal(noise_key, x.shape)
@@ -118,7 +135,10 @@ class Generation:
         return self.objective.losses(denoiser, x, time, noise)
 
     def inputs(self, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        """Returns what is noised: images on -1..1, or latents drawn anew from their distribution. Traceable."""
+        """Returns the clean data, (B, H, W, C) float32: images on -1..1, or scaled latents. Traceable.
+
+        Latents are drawn from their normal distribution, with a new draw for each key.
+        """
         if "image" in batch:
             return batch["image"].astype(jnp.float32) / 127.5 - 1
         mean, log_variance = batch["mean"].astype(jnp.float32), batch["log_variance"].astype(jnp.float32)
