@@ -20,7 +20,7 @@ from absl import flags
 from PIL import Image
 
 from experiments import command_line
-from experiments.figures.batch import contact_sheet
+from experiments.contact_sheet import contact_sheet
 from gspn_jax import load_run
 from gspn_jax.sampling import NOISE_SAMPLERS, VELOCITY_SAMPLERS, Sampling, draw_archive, draw_batches
 

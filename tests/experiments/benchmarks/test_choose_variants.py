@@ -68,7 +68,7 @@ def test_a_variant_that_does_not_fit_in_memory_has_no_time(monkeypatch, capsys):
         return SimpleNamespace(median_ms=float(len(clocked)), host_ms=None)
 
     for name in ("propagate", "propagate_low_rank"):
-        monkeypatch.setattr(choose_variants, name, lambda x, *arrays, chunk, implementation, path: 2 * x)
+        monkeypatch.setattr(choose_variants, name, lambda x, *arrays, chunk, implementation, variant: 2 * x)
     monkeypatch.setattr(choose_variants.device_time, "measure", measure)
     times = choose_variants.measure(KernelShape("tiny", 1, 8, 8, 16, rank=8), "host")
     assert times["inference"]["fused"] == 1 and set(times["inference"]) == set(VARIANTS)
