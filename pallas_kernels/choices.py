@@ -57,8 +57,8 @@ def record(choice: Choice) -> Choice:
 def record_choices() -> Iterator[list[Choice]]:
     """Collects the choices that operations make while the block traces them, in order.
 
-    A compiled function chooses once, when it is traced. Trace it again inside the block, for example with
-    `jax.eval_shape`.
+    A compiled function chooses once, when it is traced, and JAX does not trace the same function twice. Trace a new one
+    inside the block, for example with `jax.eval_shape(lambda x: function(x), x)`.
     """
     choices: list[Choice] = []
     _records.append(choices)

@@ -137,7 +137,7 @@ def inference() -> tuple[PropagationCase, ...]:
 
 
 def backward_variant(case: PropagationCase) -> str | None:
-    """The variant of a case, if it has a backward kernel of its own, with lines in all directions and a planned tile."""
+    """The variant of a case with lines in all directions and a planned tile, if it has its own backward kernel."""
     has_backward = not case.variant.endswith("on_chip")
     return case.variant if has_backward and case.tile == "planned" and case.size != "one line" else None
 
