@@ -1,4 +1,4 @@
-"""What an operation chose while it was traced: its implementation and kernel variants, and how a caller reads them."""
+"""The record of choices: which implementation and kernel variants an operation took when it was traced."""
 
 import contextlib
 import contextvars

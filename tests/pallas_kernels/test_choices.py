@@ -1,4 +1,4 @@
-"""The record of what each operation chose, and for which layer."""
+"""The record of choices, and the layer names in it."""
 
 import jax
 import jax.numpy as jnp
