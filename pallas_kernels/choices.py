@@ -1,4 +1,4 @@
-"""What an operation chose while it was traced: its implementation and kernel variants, and how a caller reads them."""
+"""The record of choices: which implementation and kernel variants an operation took when it was traced."""
 
 import contextlib
 import contextvars
@@ -57,8 +57,8 @@ def record(choice: Choice) -> Choice:
 def record_choices() -> Iterator[list[Choice]]:
     """Collects the choices that operations make while the block traces them, in order.
 
-    A compiled function chooses once, when it is traced. Trace it again inside the block, for example with
-    `jax.eval_shape`.
+    A compiled function chooses once, when it is traced, and JAX does not trace the same function twice. Trace a new one
+    inside the block, for example with `jax.eval_shape(lambda x: function(x), x)`.
     """
     choices: list[Choice] = []
     _records.append(choices)

@@ -1,7 +1,7 @@
 """The gradient rules, shared by every implementation.
 
 An implementation has the four functions of `reference`: scan and propagation, forward and backward. The rules decide
-what is kept between forward and backward (the inputs and h, never more) and how a mesh splits the work.
+which arrays are kept between forward and backward (the inputs and h, never more) and how a mesh splits the work.
 """
 
 import dataclasses

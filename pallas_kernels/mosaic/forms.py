@@ -27,7 +27,7 @@ class Form:
     """Converts the arrays of one scan to the kernels' layout and back.
 
     Attributes:
-        work: what the tile depends on.
+        work: the properties of the scan that decide its tile.
         tile: the kernel's tile.
     """
 

@@ -132,7 +132,7 @@ class Kernels:
         return [forms.map_back(array) for array in (y, *states)]
 
     def _backward(self, forms: GivenForms | MadeForms, merge, x, grad_y, h, arrays):
-        """Gradients of x, merge, logits, lam, gate and, if there is one, skip."""
+        """Gradients of x, merge, logits, lam, gate and, if given, skip."""
 
         def kernels(x, grad_y, h, merge, arrays):
             options: Any = dict(chunk=forms.chunk, tiles=forms.tiles, interpret=self.interpret)

@@ -77,7 +77,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class ScanWork:
-    """What the tile of a scan depends on.
+    """The properties of a scan that decide its tile.
 
     Attributes:
         kernel: "forward" or "backward".

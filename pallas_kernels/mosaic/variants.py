@@ -23,7 +23,7 @@ ON_CHIP = "_on_chip"
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the variants of a propagation depend on."""
+    """The properties of a propagation that decide its variants."""
 
     shape: tuple[int, ...]  # (B, H, W, C) of x
     dtype: str  # of x and the maps; the wider one where they differ

@@ -1,4 +1,4 @@
-"""The equations as loops over pixels, in float64: what the operations are compared with."""
+"""The equations as loops over pixels in float64, with which the operations are compared."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Bad arguments: a ValueError that names the argument, what was expected and what came."""
+"""Bad arguments raise a ValueError that names the argument, the expected value and the given one."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -79,7 +79,7 @@ def test_shared_memory_is_not_underestimated(kernel, shape, weight_channels, dir
 
 
 def tma_faults(tile: Tile, form: Form, itemsize: int) -> list[str]:
-    """What a copy of the tile breaks: boxes of at most 256, shared memory at a multiple of 128 bytes."""
+    """TMA's rules that copies of the tile break: boxes of at most 256, shared memory at multiples of 128 bytes."""
     margin = max(1, 128 // (tile.channels * itemsize))
     boxes = {"rows": tile.rows, "channels": tile.channels, "rows and margins": tile.rows + 2 * margin}
     starts = {

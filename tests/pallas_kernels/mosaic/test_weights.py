@@ -8,7 +8,7 @@ from pallas_kernels.mosaic import weights
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_weights_by_approximate_powers_are_within_a_millionth(monkeypatch, sign):
-    """Against float64, with a power of two that is off by what the card's may be, for better or worse."""
+    """Compared with float64, with powers of two that have the largest error of the GPU's, of either sign."""
 
     def power(x: jax.Array) -> jax.Array:
         side = np.where(np.arange(x.shape[0]) % 2, sign, -sign).astype(np.float32)
