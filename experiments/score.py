@@ -76,7 +76,11 @@ def with_classifier(
     side = described["image_size"]
     dataset = data.load(described["name"], data_path or described["path"] or None)
     batches = data.evaluation_batches(
-        getattr(dataset, split), batch_size=batch_size, image_size=side, resize=described["resize"] or None
+        getattr(dataset, split),
+        batch_size=batch_size,
+        image_size=side,
+        resize=described["resize"] or None,
+        exif_rotation=described.get("exif_rotation", False),
     )
     try:
         reference = tqdm(batches, unit="batch", desc=f"{split} images")

@@ -42,7 +42,7 @@ def describe(config: Any, dataset: data.Dataset) -> RunDescription:
     values = config.to_dict()
     options = {key: value for key, value in values["model"].items() if value is not None}
     name = options.pop("name")
-    kept = ("name", "path", "image_size", "resize", "mean", "std")
+    kept = ("name", "path", "image_size", "resize", "exif_rotation", "mean", "std")
     description: Any = {
         "task": values["task"],
         "model": {"name": name, "options": options},
