@@ -103,6 +103,8 @@ def train_options(config: Any, epoch: int, workdir: str) -> TrainOptions:
             raise ValueError(f"intervals.{name}: expected a number >= 0, got {epochs}")
         return max(1, round(epochs * epoch)) if epochs else 0
 
+    if config.steps < 0:
+        raise ValueError(f"steps: expected an integer >= 0, got {config.steps}")
     return TrainOptions(
         workdir=workdir,
         num_steps=config.steps or config.epochs * epoch,

@@ -127,9 +127,9 @@ class Classifier(nnx.Module):
         remat: computes each block again in the backward pass instead of keeping what is inside it.
         dtype: of the computation; parameters are float32.
         """
+        check_counts(num_classes=num_classes, widths=tuple(widths), depths=tuple(depths), chunk=chunk)
         if len(widths) != len(depths) or not widths:
             raise ValueError(f"depths: expected one for each of {len(widths)} widths (at least 1), got {len(depths)}")
-        check_counts(num_classes=num_classes, widths=widths, depths=depths, chunk=chunk)
         check_positive(expansion=expansion, mlp_ratio=mlp_ratio)
         if round(min(widths) * expansion) < 1 or round(min(widths) * mlp_ratio) < 1:
             raise ValueError(
