@@ -10,6 +10,7 @@ batches until all are drawn: the same command resumes after an interruption, and
 image depends only on the seed and its number, not on the batch, the process or the device.
 """
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,9 +91,12 @@ def main() -> None:
 def check_output(path: str) -> None:
     """Raises ValueError unless an image can be written to `path`; called before drawing."""
     output = Path(path)
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output: expected the name of an image file, such as samples.png, got {path}")
-    if not output.absolute().parent.is_dir() or not os.access(output.absolute().parent, os.W_OK):
+    try:  # some formats can only be read, or hold no colours
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[output.suffix.lower()])
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"output: expected the name of an image file, such as samples.png, got {path}") from error
+    place = output if output.exists() else output.absolute().parent
+    if output.is_dir() or not output.absolute().parent.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"output: expected a file in a folder that can be written to, got {path}")
 
 

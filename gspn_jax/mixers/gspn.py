@@ -1,5 +1,6 @@
 """The GSPN module (GSPN, section 3): four line scans whose weights are predicted from the map."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -66,8 +67,8 @@ class GSPNMixer(nnx.Module):
         """
         channels = features if propagation_channels is None else propagation_channels
         for name, value in (("features", features), ("proxy_rank", proxy_rank), ("propagation_channels", channels)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {value}")
         weight_channels = channels if weight_channels is None else weight_channels
         if weight_channels < 1 or channels % weight_channels:
             raise ValueError(f"weight_channels: expected a divisor of {channels} channels, got {weight_channels}")

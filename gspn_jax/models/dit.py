@@ -104,7 +104,7 @@ class DiT(nnx.Module):
         self, latents: jax.Array, timestep: jax.Array, label: jax.Array, *, key: jax.Array | None = None
     ) -> jax.Array:
         """Predicts as `Generator` does, with the same arguments, result and errors; `key` is not used."""
-        check_inputs(latents, timestep, label, channels=self.in_channels, patch=self.patch)
+        check_inputs(latents, timestep, label, self.num_classes, channels=self.in_channels, patch=self.patch)
         condition = self.conditioning(timestep, label)
         # (B, H, W, in_channels) to tokens (B, H / patch, W / patch, width)
         x = self.embed(layers.patches(latents, self.patch)).astype(jnp.float32)

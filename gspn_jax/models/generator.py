@@ -26,6 +26,7 @@ from gspn_jax.models.conditioning import AdaptiveHead, Conditioning
 from gspn_jax.models.sizes import check_counts
 from gspn_jax.models.stack import graph_of, stacked
 from pallas_kernels import named_layer
+from pallas_kernels.checks import has_empty_axis
 
 XAVIER = nnx.initializers.xavier_uniform()
 
@@ -166,9 +167,9 @@ class Generator(nnx.Module):
             key: PRNG key of stochastic depth in training; None for inference.
 
         Raises:
-            ValueError: other shapes, or labels that are not integers.
+            ValueError: another shape, or labels out of range; within `jax.jit` such labels give NaN.
         """
-        check_inputs(latents, timestep, label, channels=self.in_channels, patch=self.patch)
+        check_inputs(latents, timestep, label, self.num_classes, channels=self.in_channels, patch=self.patch)
         condition = self.conditioning(timestep, label)
         # (B, H, W, in_channels) to (B, H / patch, W / patch, width)
         tokens = self.embed(layers.patches(latents, self.patch))
@@ -198,10 +199,12 @@ class Generator(nnx.Module):
         return layers.unpatched(self.head(x, condition), self.patch)
 
 
-def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, channels: int, patch: int) -> None:
+def check_inputs(
+    latents: jax.Array, timestep: jax.Array, label: jax.Array, num_classes: int, *, channels: int, patch: int
+) -> None:
     """Raises ValueError unless latents are (B, H, W, channels) in whole patches, timestep (B,), label integers (B,)."""
     shape = latents.shape
-    if len(shape) != 4 or shape[-1] != channels or min(shape[1:]) < 1 or shape[1] % patch or shape[2] % patch:
+    if len(shape) != 4 or shape[-1] != channels or has_empty_axis(shape) or shape[1] % patch or shape[2] % patch:
         raise ValueError(
             f"latents: expected shape (B, H, W, {channels}) with H and W divisible by patch = {patch}, got {shape}"
         )
@@ -210,6 +213,10 @@ def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, c
             raise ValueError(f"{name}: expected shape {shape[:1]}, as latents have rows, got {array.shape}")
     if not jnp.issubdtype(label.dtype, jnp.integer):
         raise ValueError(f"label: expected integers, got {label.dtype}")
+    if not isinstance(label, jax.core.Tracer):  # the values of a traced label are not known
+        wrong = [number for number in np.asarray(label).tolist() if not 0 <= number <= num_classes]
+        if wrong:
+            raise ValueError(f"label: expected 0..{num_classes} ({num_classes}: no class), got {wrong[0]}")
 
 
 def _add(residual: jax.Array, hidden: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:

@@ -35,6 +35,7 @@ class DataDescription(TypedDict):
         name, path: arguments of `gspn_jax.data.load`.
         image_size: side of the images, in pixels.
         resize: short side before the centre crop, in pixels; 0 means image_size / 0.875.
+        exif_rotation: whether evaluation turns images upright by their EXIF data, as training did; False if missing.
         mean, std: classifiers only: normalisation of each channel, on the 0..255 scale.
     """
 
@@ -42,6 +43,7 @@ class DataDescription(TypedDict):
     path: str
     image_size: int
     resize: int
+    exif_rotation: NotRequired[bool]
     mean: NotRequired[list[float]]
     std: NotRequired[list[float]]
 

@@ -241,6 +241,7 @@ def make_evaluate(
             num_threads=num_threads,
             num_workers=num_workers,
             on_corrupt=on_corrupt,  # pyright: ignore[reportArgumentType]
+            exif_rotation=description["data"].get("exif_rotation", False),
         )
         try:
             numbers = task.evaluate(params, batches)

@@ -111,7 +111,10 @@ PRESET = f"--config={CONFIG}"
         ),
         (["--config=configs/none.py"], "--config: expected a Python file such as .* got configs/none.py"),
         ([f"--config={CONFIG}x"], "preset: expected one of digits, .* got 'digitsx'"),
-        ([PRESET, "--config.tasks=dance"], r"no such key in the configuration: --config.tasks=dance; did you mean task\?"),
+        (
+            [PRESET, "--config.tasks=dance"],
+            r"no such key in the configuration: --config.tasks=dance; did you mean task\?",
+        ),
         (
             [PRESET, "--config.model.depths=(1,)", "--config.model.dept=1"],
             r"no such key in the configuration: --config.model.dept=1; did you mean depths\?",
