@@ -10,6 +10,7 @@ until all are there: the same command goes on where it was interrupted, and seve
 depends on the seed and its number only, not on the batch, the process or the device.
 """
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from absl import flags
 from PIL import Image
 
 from experiments import command_line
-from experiments.figures.batch import contact_sheet
+from experiments.contact_sheet import contact_sheet
 from gspn_jax import load_run
 from gspn_jax.sampling import NOISE_SAMPLERS, VELOCITY_SAMPLERS, Sampling, draw_archive, draw_batches
 
@@ -90,9 +91,12 @@ def main() -> None:
 def check_output(path: str) -> None:
     """Raises ValueError, before anything is drawn, for a file that a picture cannot be written to."""
     output = Path(path)
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output: expected the name of a picture, such as samples.png, got {path}")
-    if not output.absolute().parent.is_dir() or not os.access(output.absolute().parent, os.W_OK):
+    try:  # some formats can only be read, or hold no colours
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[output.suffix.lower()])
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"output: expected the name of a picture, such as samples.png, got {path}") from error
+    place = output if output.exists() else output.absolute().parent
+    if output.is_dir() or not output.absolute().parent.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"output: expected a file in a folder that can be written to, got {path}")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
+from absl import flags, logging
 from tqdm import tqdm
 
 from experiments import command_line
@@ -76,7 +76,11 @@ def with_classifier(
     side = described["image_size"]
     dataset = data.load(described["name"], data_path or described["path"] or None)
     batches = data.evaluation_batches(
-        getattr(dataset, split), batch_size=batch_size, image_size=side, resize=described["resize"] or None
+        getattr(dataset, split),
+        batch_size=batch_size,
+        image_size=side,
+        resize=described["resize"] or None,
+        exif_rotation=described.get("exif_rotation", False),
     )
     try:
         reference = tqdm(batches, unit="batch", desc=f"{split} images")
@@ -138,8 +142,14 @@ def main() -> None:
     else:
         results = with_inception(chosen.images, chosen.inception, chosen.statistics, batch_size=chosen.batch_size)
     path = Path(chosen.images).with_suffix(".scores.json")
-    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    print(*(f"{name}: {value:.6g}" for name, value in results["scores"].items()), f"written: {path}", sep="\n")
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    print(*(f"{name}: {value:.6g}" for name, value in results["scores"].items()), sep="\n", flush=True)
+    try:
+        path.write_text(text)
+    except OSError as error:
+        logging.warning("%s is not written: %s", path, error.strerror or error)
+    else:
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

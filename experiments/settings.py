@@ -42,7 +42,7 @@ def describe(config: Any, dataset: data.Dataset) -> RunDescription:
     values = config.to_dict()
     options = {key: value for key, value in values["model"].items() if value is not None}
     name = options.pop("name")
-    kept = ("name", "path", "image_size", "resize", "mean", "std")
+    kept = ("name", "path", "image_size", "resize", "exif_rotation", "mean", "std")
     description: Any = {
         "task": values["task"],
         "model": {"name": name, "options": options},
@@ -103,6 +103,8 @@ def train_options(config: Any, epoch: int, workdir: str) -> TrainOptions:
             raise ValueError(f"intervals.{name}: expected a number >= 0, got {epochs}")
         return max(1, round(epochs * epoch)) if epochs else 0
 
+    if config.steps < 0:
+        raise ValueError(f"steps: expected an integer >= 0, got {config.steps}")
     return TrainOptions(
         workdir=workdir,
         num_steps=config.steps or config.epochs * epoch,

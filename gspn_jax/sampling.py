@@ -66,14 +66,15 @@ class Sampling:
         least = 2 if sampler == "ddpm" else 1
         most = math.inf if isinstance(task.objective, Interpolant) else task.objective.num_steps
         if not least <= num_steps <= most:
-            raise ValueError(f"num_steps: expected {least} to {most}, or 0 for the sampler's own, got {num_steps}")
+            expected = f"at least {least}" if is_velocity else f"{least} to {most}"
+            raise ValueError(f"num_steps: expected {expected}, or 0 for the sampler's own, got {num_steps}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
             raise ValueError(f"interval: expected a smaller and a larger time, got {self.interval}")
         if self.guided_channels is not None and not 1 <= self.guided_channels <= (channels or math.inf):
-            most = f" to {channels}" if channels else ""
-            raise ValueError(f"guided_channels: expected at least 1{most}, got {self.guided_channels}")
+            expected = f"1 to {channels}" if channels else "at least 1"
+            raise ValueError(f"guided_channels: expected {expected}, got {self.guided_channels}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed: expected 0 to 2**31 - 1, got {self.seed}")
         return dataclasses.replace(self, sampler=sampler, num_steps=num_steps)

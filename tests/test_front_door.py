@@ -41,6 +41,7 @@ def test_models_are_listed_by_pattern_and_each_builds():
         (dict(proxyrank=3), r"proxyrank: .*; did you mean proxy_rank\?"),
         (dict(mixer="attention", proxy_rank=2), "proxy_rank: expected an option of classifier or its mixer"),
         (dict(mixer="mamba"), "mixer: expected a callable or one of gspn, attention; got 'mamba'"),
+        (dict(rngs=0), r"rngs: expected a flax.nnx.Rngs, such as nnx.Rngs\(0\), got 0"),
         (dict(num_classes=0), "num_classes: expected an integer of at least 1, got 0"),
         (dict(widths=(0, 8)), r"widths: expected integers of at least 1, got \(0, 8\)"),
         (dict(widths=(8.5, 8)), r"widths: expected integers of at least 1, got \(8.5, 8\)"),

@@ -1,5 +1,6 @@
 """Softmax self-attention: the baseline."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -35,8 +36,8 @@ class SoftmaxAttention(nnx.Module):
             param_dtype: of the parameters.
             rngs: source of the initial parameters.
         """
-        if features < 1:
-            raise ValueError(f"features: expected at least 1, got {features}")
+        if not isinstance(features, numbers.Integral) or features < 1:
+            raise ValueError(f"features: expected an integer of at least 1, got {features}")
         if num_heads is None:
             num_heads = next(n for n in range(max(features // HEAD_WIDTH, 1), 0, -1) if features % n == 0)
         if num_heads < 1 or features % num_heads:

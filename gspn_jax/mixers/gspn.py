@@ -1,5 +1,6 @@
 """The GSPN module: maps from a low-rank proxy, and their propagation (GSPN, section 3)."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ class GSPNMixer(nnx.Module):
 
     A proxy of `proxy_rank` channels is a linear function of the map; the logits of the weights, lam, gate and skip are
     linear functions of the proxy. Nothing has a bias, and no position is embedded: the order of the scans tells it.
+    Forward mode (`jax.jvp`, `jax.hessian`) is not supported, as in `pallas_kernels.propagate_low_rank`.
     """
 
     def __init__(
@@ -57,8 +59,8 @@ class GSPNMixer(nnx.Module):
         """
         channels = features if propagation_channels is None else propagation_channels
         for name, value in (("features", features), ("proxy_rank", proxy_rank), ("propagation_channels", channels)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {value}")
         weight_channels = channels if weight_channels is None else weight_channels
         if weight_channels < 1 or channels % weight_channels:
             raise ValueError(f"weight_channels: expected a divisor of {channels} channels, got {weight_channels}")

@@ -15,6 +15,7 @@ from gspn_jax.mixers import MixerBuilder
 from gspn_jax.models import layers
 from gspn_jax.models.sizes import check_counts, check_positive
 from pallas_kernels import named_layer
+from pallas_kernels.checks import has_empty_axis
 
 _STEM_STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}
 _ACTIVATIONS = {"none": lambda x: x, "silu": jax.nn.silu}
@@ -126,9 +127,9 @@ class Classifier(nnx.Module):
         remat: computes each block again in the backward pass instead of keeping what is inside it.
         dtype: of the computation; parameters are float32.
         """
+        check_counts(num_classes=num_classes, widths=tuple(widths), depths=tuple(depths), chunk=chunk)
         if len(widths) != len(depths) or not widths:
             raise ValueError(f"depths: expected one for each of {len(widths)} widths (at least 1), got {len(depths)}")
-        check_counts(num_classes=num_classes, widths=widths, depths=depths, chunk=chunk)
         check_positive(expansion=expansion, mlp_ratio=mlp_ratio)
         if round(min(widths) * expansion) < 1 or round(min(widths) * mlp_ratio) < 1:
             raise ValueError(
@@ -172,9 +173,8 @@ class Classifier(nnx.Module):
         Returns:
           (B, ceil(H / s), ceil(W / s), width) in the dtype of the computation, s the stem's stride times 1, 2, 4, 8.
         """
-        # Not the batch: its size may be symbolic, as `jax.export` allows.
-        if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:]) < 1:
-            raise ValueError(f"images: expected shape (B, H, W, 3), got {images.shape}")
+        if images.ndim != 4 or images.shape[-1] != 3 or has_empty_axis(images.shape):
+            raise ValueError(f"images: expected shape (B, H, W, 3), every axis at least 1, got {images.shape}")
         x, maps = self.stem(images), []
         for stage, blocks in enumerate(self.stages):
             if stage:

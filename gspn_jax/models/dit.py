@@ -88,7 +88,7 @@ class DiT(nnx.Module):
         self, latents: jax.Array, timestep: jax.Array, label: jax.Array, *, key: jax.Array | None = None
     ) -> jax.Array:
         """Arguments, result and errors as of `Generator`; nothing is random, so that `key` is not used."""
-        check_inputs(latents, timestep, label, channels=self.in_channels, patch=self.patch)
+        check_inputs(latents, timestep, label, self.num_classes, channels=self.in_channels, patch=self.patch)
         condition = self.conditioning(timestep, label)
         x = self.embed(layers.patches(latents, self.patch)).astype(jnp.float32)
         x += positions(*x.shape[1:])[None]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -26,6 +27,7 @@ from gspn_jax.models.conditioning import AdaptiveHead, Conditioning
 from gspn_jax.models.sizes import check_counts
 from gspn_jax.models.stack import graph_of, stacked
 from pallas_kernels import named_layer
+from pallas_kernels.checks import has_empty_axis
 
 XAVIER = nnx.initializers.xavier_uniform()
 
@@ -156,9 +158,9 @@ class Generator(nnx.Module):
           (B, H, W, 2 * in_channels) float32: noise, then variance, as the objective interprets them.
 
         Raises:
-          ValueError: shapes other than these.
+          ValueError: shapes other than these, or labels out of range; within `jax.jit` such labels give NaN.
         """
-        check_inputs(latents, timestep, label, channels=self.in_channels, patch=self.patch)
+        check_inputs(latents, timestep, label, self.num_classes, channels=self.in_channels, patch=self.patch)
         condition = self.conditioning(timestep, label)
         tokens = self.embed(layers.patches(latents, self.patch))
         residual = tokens.astype(jnp.float32) + condition[:, None, None]
@@ -186,10 +188,12 @@ class Generator(nnx.Module):
         return layers.unpatched(self.head(x, condition), self.patch)
 
 
-def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, channels: int, patch: int) -> None:
+def check_inputs(
+    latents: jax.Array, timestep: jax.Array, label: jax.Array, num_classes: int, *, channels: int, patch: int
+) -> None:
     """Raises ValueError unless a denoiser of latents (B, H, W, channels) can take these."""
     shape = latents.shape
-    if len(shape) != 4 or shape[-1] != channels or min(shape[1:]) < 1 or shape[1] % patch or shape[2] % patch:
+    if len(shape) != 4 or shape[-1] != channels or has_empty_axis(shape) or shape[1] % patch or shape[2] % patch:
         raise ValueError(
             f"latents: expected shape (B, H, W, {channels}) with H and W divisible by patch = {patch}, got {shape}"
         )
@@ -198,6 +202,10 @@ def check_inputs(latents: jax.Array, timestep: jax.Array, label: jax.Array, *, c
             raise ValueError(f"{name}: expected shape {shape[:1]}, as latents have rows, got {array.shape}")
     if not jnp.issubdtype(label.dtype, jnp.integer):
         raise ValueError(f"label: expected integers, got {label.dtype}")
+    if not isinstance(label, jax.core.Tracer):  # the values of a traced label are not known
+        wrong = [number for number in np.asarray(label).tolist() if not 0 <= number <= num_classes]
+        if wrong:
+            raise ValueError(f"label: expected 0..{num_classes} ({num_classes}: no class), got {wrong[0]}")
 
 
 def _add(residual: jax.Array, hidden: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:

@@ -155,6 +155,8 @@ def build_network(
     found = NETWORKS[network]
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes: expected an integer of at least 1, got {num_classes!r}")
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"rngs: expected a flax.nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}")
     mixer = found.mixer if mixer is None else mixer
     of_mixer, takes_any = mixer_options(mixer)
     known = {*found.options, *of_mixer}

@@ -31,6 +31,7 @@ class DataDescription(TypedDict):
     name, path: as `gspn_jax.data.load` takes them.
     image_size: side of the images, in pixels.
     resize: short side before the centre crop; 0 for image_size / 0.875.
+    exif_rotation: whether evaluation turns images upright by their EXIF data, as training did; False if missing.
     mean, std: of a classifier: per channel, on the 0..255 scale.
     """
 
@@ -38,6 +39,7 @@ class DataDescription(TypedDict):
     path: str
     image_size: int
     resize: int
+    exif_rotation: NotRequired[bool]
     mean: NotRequired[list[float]]
     std: NotRequired[list[float]]
 

@@ -125,6 +125,8 @@ class GeneratorRun(Run):
         sampling = Sampling(sampler, num_steps, guidance, interval, guided_channels, seed)
         drawing = self.sampler(sampling, image_size=image_size, autoencoder=autoencoder)
         labels = np.asarray(labels)
+        if labels.ndim != 1:
+            raise ValueError(f"labels: expected one integer for each image, got shape {labels.shape}")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         size = min(batch_size, max(len(labels), 1))

@@ -149,7 +149,8 @@ class Run(abc.ABC):
                 prepared.append(prepare_picture(read_picture(image), size, resize))
             except CorruptImage as error:
                 name = f"image {number}" if isinstance(image, np.ndarray | Image.Image) else str(image)
-                raise ValueError(f"images: {name}: {error}") from error
+                message = str(error) if str(error).startswith(name) else f"{name}: {error}"
+                raise ValueError(f"images: {message}") from error
         return np.stack(prepared)
 
     @abc.abstractmethod
@@ -217,6 +218,7 @@ def make_evaluate(
             num_threads=num_threads,
             num_workers=num_workers,
             on_corrupt=on_corrupt,  # pyright: ignore[reportArgumentType]
+            exif_rotation=description["data"].get("exif_rotation", False),
         )
         try:
             numbers = task.evaluate(params, batches)

@@ -99,16 +99,17 @@ def test_a_resize_below_the_image_size_is_an_error_before_anything_starts():
     ("task", "dance", "task: expected one of classification, generation; got 'dance'"),
     ("task", "generation", "task: expected classification, as this file configures, got generation"),
     ("epochs", 0, "epochs: expected at least 1, got 0"),
+    ("steps", -1, "steps: expected an integer >= 0, got -1"),
     ("optimizer.warmup_epochs", -1.0, "optimizer.warmup_epochs: expected 0 to epochs = 20, got -1.0"),
     ("optimizer.warmup_epochs", 1000.0, "optimizer.warmup_epochs: expected 0 to epochs = 20, got 1000.0"),
     ("optimizer.warmup_epochs", float("nan"), "optimizer.warmup_epochs: expected 0 to epochs = 20, got nan"),
 ])  # fmt: skip
 def test_values_that_make_no_sense(key: str, value: object, words: str):
     config = classifier.get_config("digits")
-    config.update_from_flattened_dict({key: value})
-    config.steps = 2
+    config.update_from_flattened_dict({"steps": 2, key: value})
     with pytest.raises(ValueError) as error:
         settings.make_run(config, data.load("digits")).make_task()
+        settings.train_options(config, 10, "run")
         settings.optimizer_options(config, 10, 2)
     assert words in str(error.value)
 

@@ -114,7 +114,9 @@ def test_images_of_a_file_come_in_blocks(tmp_path: Path):
     np.testing.assert_array_equal(np.concatenate(blocks), images)
     np.savez(tmp_path / "b.npz", images.astype(np.float32))
     for name in ("b.npz", "c.npz"):
-        with pytest.raises(ValueError, match=r"images: expected an .npz file with arr_0 uint8 \(N, H, W, 3\), got"):
+        with pytest.raises(
+            ValueError, match=r"images: expected an .npz file with arr_0 uint8 \(N, H, W, 3\), H and W at least 1, got"
+        ):
             list(image_archive.image_blocks(str(tmp_path / name)))
 
 
@@ -122,13 +124,14 @@ def test_images_of_a_file_come_in_blocks(tmp_path: Path):
     (dict(labels=[10]), r"labels: expected labels in 0\.\.9, got 10"),
     (dict(labels=[-1]), r"labels: expected labels in 0\.\.9, got -1"),
     (dict(labels=[0.5]), r"labels: expected integers \(1,\), got float64"),
+    (dict(labels=3), r"labels: expected one integer for each image, got shape \(\)"),
     (dict(sampler="heun"), "sampler: expected one of ddpm, ddim, euler, dpm_solver; got 'heun'"),
     (dict(num_steps=-1), "num_steps: expected 2 to 1000, or 0 for the sampler's own, got -1"),
     (dict(sampler="ddim", num_steps=1001), "num_steps: expected 1 to 1000, or 0 for the sampler's own, got 1001"),
     (dict(guidance=float("nan")), "guidance: expected a finite number, got nan"),
     (dict(interval=(5, 1)), r"interval: expected a smaller and a larger time, got \(5, 1\)"),
-    (dict(guided_channels=0), "guided_channels: expected at least 1 to 3, got 0"),
-    (dict(guided_channels=99), "guided_channels: expected at least 1 to 3, got 99"),
+    (dict(guided_channels=0), "guided_channels: expected 1 to 3, got 0"),
+    (dict(guided_channels=99), "guided_channels: expected 1 to 3, got 99"),
     (dict(autoencoder="vae.safetensors"), "autoencoder: expected none, since this network draws pixels"),
     (dict(seed=-1), r"seed: expected 0 to 2\*\*31 - 1, got -1"),
     (dict(image_size=(0, 8)), "image_size: expected multiples of 1, got 0, 8"),
@@ -141,7 +144,9 @@ def test_bad_arguments(run: Any, options: dict[str, Any], words: str):
 
 def test_a_picture_that_cannot_be_written_shows_before_anything_is_drawn(tmp_path: Path):
     sample.check_output(str(tmp_path / "X.PNG"))
-    for path in (tmp_path / "none" / "x.png", tmp_path / "x.txt"):
+    (tmp_path / "folder.png").mkdir()
+    for name in ("none/x.png", "x.txt", "x.psd", "x.xbm", "folder.png", "x"):
+        path = tmp_path / name
         with pytest.raises(ValueError, match="output: expected"):
             sample.check_output(str(path))
 

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,3 +74,15 @@ def test_a_classifier_knows_its_own_images(tmp_path: Path):
     np.savez(tmp_path / "noise.npz", rng.integers(0, 256, (90, 8, 8, 3), np.uint8))
     noise = score.with_classifier(str(tmp_path / "noise.npz"), str(tmp_path / "run"), split="test", batch_size=90)
     assert noise["scores"]["classifier_frechet_distance"] > 0.1 and "recognised" not in noise["scores"]
+
+
+def test_scores_are_printed_even_if_they_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    images = str(tmp_path / "gone" / "samples.npz")  # as on a disk that can only be read
+    flag_values = dict(images=images, inception="", statistics="", split="train", data_path="", batch_size=50)
+    values = SimpleNamespace(classifier="runs/digits", **flag_values)
+    monkeypatch.setattr(score.flags, "FLAGS", values)
+    monkeypatch.setattr(score, "with_classifier", lambda *_, **__: {"scores": {"distance": 1.5}})
+    score.main()
+    assert capsys.readouterr().out == "distance: 1.5\n"

@@ -79,7 +79,7 @@ def test_starts_like_a_convolution_of_its_fan_in():
 
 
 @pytest.mark.parametrize("options,words", [
-    (dict(features=0), ("features", "at least 1", "0")),
+    (dict(features=0), ("features", "at least 1", "0")), (dict(features=8.5), ("features", "an integer", "8.5")),
     (dict(proxy_rank=0), ("proxy_rank", "at least 1", "0")),
     (dict(weight_channels=3), ("weight_channels", "divisor of 8", "3")),
     (dict(propagation_channels=4, weight_channels=8), ("weight_channels", "divisor of 4", "8")),

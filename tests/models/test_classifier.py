@@ -164,6 +164,7 @@ def test_layer_report_names_every_layer():
     (dict(name="gspn_x"), ("name", "gspn_t", "'gspn_x'")), (dict(mixer="mamba"), ("mixer", "attention", "'mamba'")),
     (dict(proxyrank=3), ("proxyrank", "proxy_rank", "3")), (dict(stem_stride=3), ("stem_stride", "1, 2, 4", "3")),
     (dict(activation="relu"), ("activation", "silu", "'relu'")), (dict(drop_path=1.0), ("drop_path", "1.0")),
+    (dict(widths=("a",)), ("widths", "integers", "'a'")),
     (dict(depths=(1, 1)), ("depths", "4 widths", "2")), (dict(global_stages=(4,)), ("global_stages", "0..3", "(4,)")),
 ])  # fmt: skip
 def test_bad_arguments(options, words):
@@ -173,5 +174,7 @@ def test_bad_arguments(options, words):
 
 
 def test_bad_images():
-    with pytest.raises(ValueError, match=r"images: expected shape \(B, H, W, 3\), got \(2, 3, 32, 32\)"):
-        tiny()(jnp.zeros((2, 3, 32, 32)))
+    for shape in ((2, 3, 32, 32), (0, 32, 32, 3), (2, 0, 32, 3)):
+        with pytest.raises(ValueError) as error:
+            tiny()(jnp.zeros(shape))
+        assert str(error.value) == f"images: expected shape (B, H, W, 3), every axis at least 1, got {shape}"

@@ -248,7 +248,7 @@ def test_stacked_blocks_start_apart_and_within_their_bounds():
 @pytest.mark.parametrize("options,words", [
     (dict(name="gspn_9"), ("name", "gspn_xl4", "'gspn_9'")), (dict(mixer="mamba"), ("mixer", "attention", "'mamba'")),
     (dict(widths=3), ("widths", "width", "3")), (dict(depth=5), ("depth", "even", "5")),
-    (dict(depth=0), ("depth", "2", "0")), (dict(global_blocks=(25,)), ("global_blocks", "0..24", "(25,)")),
+    (dict(depth=0), ("depth", "at least 1", "0")), (dict(global_blocks=(25,)), ("global_blocks", "0..24", "(25,)")),
     (dict(global_blocks=(-1,)), ("global_blocks", "0..24", "(-1,)")), (dict(patch=0), ("patch", "1", "0")),
     (dict(width=0), ("width", "1", "0")), (dict(drop_path=1.0), ("drop_path", "1.0")),
     (dict(num_classes=0), ("num_classes", "1", "0")), (dict(in_channels=0), ("in_channels", "1", "0")),
@@ -276,5 +276,9 @@ def test_labels_are_integers_and_unturned_maps_square():
     latents, timestep, label = inputs(1, 4, 8)
     with pytest.raises(ValueError, match="label: expected integers, got float32"):
         tiny()(latents, timestep, label.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"label: expected 0\.\.\d+ \(\d+: no class\), got 99"):
+        tiny()(latents, timestep, label + 99 - label)
+    with pytest.raises(ValueError, match=r"latents: expected .* got \(0, 4, 8, 4\)"):
+        tiny()(latents[:0], timestep[:0], label[:0])
     with pytest.raises(ValueError, match="square"):
         tiny(alignment="unturned")(latents, timestep, label)
