@@ -23,6 +23,7 @@ class GSPNMixer(nnx.Module):
 
     A proxy of `proxy_rank` channels is a linear function of the map. The logits of the weights, lam, gate and skip are
     linear functions of the proxy. There are no biases and no positional embedding: the scans' order encodes positions.
+    Forward mode (`jax.jvp`, `jax.hessian`) is not supported, as in `pallas_kernels.propagate_low_rank`.
     """
 
     def __init__(

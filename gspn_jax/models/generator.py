@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from gspn_jax.mixers import MixerBuilder
 from gspn_jax.mixers.gspn import FAN_IN_UNIFORM
@@ -213,7 +215,7 @@ def check_inputs(
             raise ValueError(f"{name}: expected shape {shape[:1]}, as latents have rows, got {array.shape}")
     if not jnp.issubdtype(label.dtype, jnp.integer):
         raise ValueError(f"label: expected integers, got {label.dtype}")
-    if not isinstance(label, jax.core.Tracer):  # the values of a traced label are not known
+    if not isinstance(label, Tracer):  # the values of a traced label are not known
         wrong = [number for number in np.asarray(label).tolist() if not 0 <= number <= num_classes]
         if wrong:
             raise ValueError(f"label: expected 0..{num_classes} ({num_classes}: no class), got {wrong[0]}")

@@ -102,7 +102,9 @@ def test_a_file_goes_on_where_it_was_interrupted(run: Any, tmp_path: Path, monke
     again = sampling.draw_archive(run.sampler(how), labels, npz, batch_size=2).first(7)
     np.testing.assert_array_equal(again, shown)
     assert drawn == [4, 6]  # it is complete
-    with pytest.raises(ValueError, match=r"holds images of other settings.*seed"):
+    with pytest.raises(
+        ValueError, match=r"npz: expected the settings that .*samples.npz was made with \(seed=0\), got seed=1"
+    ):
         sampling.draw_archive(run.sampler(Sampling("dpm_solver", 2, seed=1)), labels, npz, batch_size=2)
 
 
@@ -162,7 +164,9 @@ def test_the_command_draws_a_grid(workdir: str, tmp_path: Path, monkeypatch: pyt
     sample.define_flags()
     values([sys.argv[0], f"--workdir={workdir}", f"--output={output}", "--count=3", "--num_steps=2", "--classes=1,4"])
     sample.main()
-    assert Image.open(output).size[0] > 90 and capsys.readouterr().out == f"{output}: 3 images\n"
+    with Image.open(output) as sheet:
+        assert sheet.size[0] > 90
+    assert capsys.readouterr().out == f"{output}: 3 images\n"
 
 
 def test_unknown_objective(tmp_path: Path):
