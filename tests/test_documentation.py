@@ -203,6 +203,7 @@ def test_documented_commands_parse(module, monkeypatch):
         if name != module:
             continue
         ends = [number for number, word in enumerate(words) if word in ("|", ">", ">>", "&&", "||", "\\")]
+        ends += [number + 1 for number, word in enumerate(words) if word.endswith(";")]
         words = [word.rstrip(";") for word in words[: min(ends, default=None)] if word != "--help"]
         with monkeypatch.context() as patch:
             try:

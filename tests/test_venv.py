@@ -137,9 +137,12 @@ def test_a_folder_that_is_no_environment_is_left_alone(checkout):
 def test_make_passes_the_variable_on(tmp_path):
     """`make venv GPU=0` and `GPU=0 make venv` reach the script; by default it decides itself."""
 
+    # The first is the question; the others come from a `make` that runs the tests.
+    inherited = ("GPU", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+
     def asked(*arguments: str, **environment: str) -> str:
         command = ["make", "--dry-run", "-f", str(REPOSITORY / "Makefile"), "venv", *arguments]
-        clean = {key: value for key, value in os.environ.items() if key not in ("GPU", "MAKEFLAGS", "MFLAGS")}
+        clean = {key: value for key, value in os.environ.items() if key not in inherited}
         return subprocess.run(
             command, cwd=tmp_path, env=clean | environment, capture_output=True, text=True, check=True
         ).stdout.strip()
