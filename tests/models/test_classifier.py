@@ -55,7 +55,10 @@ def test_local_and_global_blocks_by_the_released_rule(name, stages):
     assert [[block.mixer.chunk for block in blocks] for blocks in model.stages] == stages
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if models.PRESETS[name].network == "classifier"])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.full if name in ("gspn_s", "gspn_b") else ())
+    for name in list_models() if models.PRESETS[name].network == "classifier"
+])  # fmt: skip
 def test_odd_sizes_and_stage_maps(name):
     model = nnx.eval_shape(lambda: create_model(name, num_classes=1000, rngs=nnx.Rngs(0)))
     image = jax.ShapeDtypeStruct((2, 200, 176, 3), jnp.float32)
@@ -69,7 +72,9 @@ def test_odd_sizes_and_stage_maps(name):
     assert nnx.eval_shape(lambda m, x: m(x), model, image).shape == (2, 1000)
 
 
-@pytest.mark.parametrize("mixer,size", [("gspn", (50, 38)), ("gspn", (1, 1)), ("attention", (7, 64))])
+@pytest.mark.parametrize("mixer,size", [
+    pytest.param("gspn", (50, 38), marks=pytest.mark.full), ("gspn", (1, 1)), ("attention", (7, 64)),
+])  # fmt: skip
 def test_any_size_gives_finite_logits_that_depend_on_every_corner(mixer, size):
     model = tiny(mixer=mixer, **({"proxy_rank": None} if mixer == "attention" else {}))
     x = images(1, *size)
@@ -93,6 +98,7 @@ def test_every_parameter_gets_a_gradient():
         assert np.all(np.isfinite(leaf[...])) and np.any(np.asarray(leaf[...]) != 0), path
 
 
+@pytest.mark.full
 def test_rematerialisation_changes_no_number():
     def loss(remat, params):
         graph, _ = nnx.split(tiny(remat=remat, drop_path=0.5))
@@ -105,6 +111,7 @@ def test_rematerialisation_changes_no_number():
         assert_close(got, want, tolerance=2e-5)
 
 
+@pytest.mark.full
 def test_activation_and_alignment_are_arguments():
     x = images(1, 32, 32)
     plain = call(tiny(), x)
@@ -114,6 +121,7 @@ def test_activation_and_alignment_are_arguments():
         tiny(alignment="unturned")(images(1, 32, 64))
 
 
+@pytest.mark.full
 def test_bfloat16_model_keeps_float32_parameters_and_logits():
     model = tiny(dtype="bfloat16")
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))

@@ -28,6 +28,7 @@ def test_latents_and_images_of_the_published_program(network):
         np.testing.assert_allclose(got, want, atol=3e-5, rtol=0)  # processors round differently: 1.3e-5 was seen
 
 
+@pytest.mark.full
 def test_bfloat16_is_close():
     network = diffusers_autoencoder(ARRAYS, norm_groups=8, dtype=jnp.dtype("bfloat16"))
     with jax.numpy_dtype_promotion("standard"):
@@ -37,6 +38,7 @@ def test_bfloat16_is_close():
     assert_close(decoded, DECODED, tolerance=0.06)
 
 
+@pytest.mark.full
 def test_old_names_and_pointwise_convolutions_are_read(network):
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     arrays = dict(ARRAYS)

@@ -69,6 +69,7 @@ def test_classifier_from_a_file_of_pytorch(tmp_path):
     assert json.loads(json.dumps(converted.description)) == want
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file,load,network,options", [
     ("generator_tiny", nvlabs_generator, "generator",
      dict(width=64, depth=4, patch=2, in_channels=4, proxy_rank=4, alignment="unturned", chunk=2, global_blocks=[])),

@@ -17,7 +17,9 @@ ARRAYS = {name.removeprefix("param/"): array for name, array in GOLDEN.items() i
 IMAGES = jnp.asarray(GOLDEN["image"].transpose(0, 2, 3, 1))
 
 
-@pytest.mark.parametrize("options,key", [({}, "released"), (dict(alignment="aligned"), "aligned")])
+@pytest.mark.parametrize(
+    "options,key", [({}, "released"), pytest.param(dict(alignment="aligned"), "aligned", marks=pytest.mark.full)]
+)
 def test_logits_of_the_authors_program(options, key):
     model = nvlabs_classifier(ARRAYS, **options)
     np.testing.assert_allclose(jax.jit(lambda x: model(x))(IMAGES), GOLDEN[f"logits_{key}"], atol=4e-6, rtol=0)
@@ -34,6 +36,7 @@ def assert_same_parameters(got, want):
         np.testing.assert_array_equal(got[path], want[path], err_msg=path, strict=True)
 
 
+@pytest.mark.full
 def test_the_comparison_sees_a_wrong_chunk():
     model = nvlabs_classifier(ARRAYS, chunk=1)
     logits = jax.jit(lambda x: model(x))(IMAGES)

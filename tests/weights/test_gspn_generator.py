@@ -28,13 +28,16 @@ def golden(key):
     return GOLDEN[f"out_{key}"].transpose(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("options,key", [({}, "released"), (dict(alignment="aligned"), "aligned")])
+@pytest.mark.parametrize(
+    "options,key", [({}, "released"), pytest.param(dict(alignment="aligned"), "aligned", marks=pytest.mark.full)]
+)
 def test_outputs_of_the_authors_program(options, key):
     out = outputs(**options)
     assert_close(out, golden(key), dtype="float32", tolerance=4e-6)
     np.testing.assert_allclose(out, golden(key), atol=4e-6, rtol=0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", [dict(chunk=1), dict(global_blocks=(3, 4))])
 def test_the_comparison_sees_a_wrong_chunk(options):
     assert rms_ratio(outputs(**options), golden("released")) > 1e-4
