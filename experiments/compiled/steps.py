@@ -162,7 +162,7 @@ def compile_step(setting: Setting) -> jax.stages.Compiled:
     state = jax.eval_shape(
         functools.partial(initial_state, setting.task.init, transform, seed=0, keep_ema=setting.optimizer.ema_decay > 0)
     )
-    options = TrainOptions(workdir="", num_steps=STEPS, batch_size=batch_size)
+    options = TrainOptions(workdir="never written", num_steps=STEPS, batch_size=batch_size)
     mesh: Any = jax.sharding.AbstractMesh((1, 1), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
     shardings = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), state)
     step = make_step(setting.task.loss, transform, setting.optimizer, options, shardings, mesh)

@@ -48,6 +48,7 @@ def test_what_training_reports_evaluation_finds_again(trained: tuple[Path, dict[
     assert [row["step"] for row in read_rows(workdir) if row["kind"] == "train"] == [1, 2, 3, 4]
 
 
+@pytest.mark.full
 def test_an_interrupted_run_sees_the_batches_of_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Through the real pipeline: augmented pictures, read ahead by threads, from where the checkpoint says."""
     intervals = {"log_steps": 1, "checkpoint_epochs": 0.143, "evaluate_epochs": 0.0}  # every 2 of 14 steps

@@ -48,6 +48,7 @@ def test_any_size_depends_on_every_corner(options, size):
             assert np.abs(np.asarray(other - out)).max(axis=(0, 3)).min() > 0
 
 
+@pytest.mark.full
 def test_remat_and_fresh_networks():
     latents, timestep, label = inputs(4, 4)
     loss = lambda model: jnp.sum(jnp.sin(model(latents, timestep, label)))  # noqa: E731
