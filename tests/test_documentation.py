@@ -110,7 +110,11 @@ def run_blocks(page: Path, texts: list[str], folder: Path, patch: pytest.MonkeyP
 PAGES_WITH_PYTHON = [page for page in GUIDES if blocks(page, "python")]
 
 
-@pytest.mark.parametrize("page", PAGES_WITH_PYTHON, ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=() if page == README else pytest.mark.full) for page in PAGES_WITH_PYTHON],
+    ids=name_of,
+)
 def test_python_of_a_page_runs_from_top_to_bottom(page, folder, monkeypatch):
     assert README in PAGES_WITH_PYTHON
     quick = re.sub(SLOW, "", page.read_text())

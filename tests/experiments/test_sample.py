@@ -54,6 +54,7 @@ def test_an_image_depends_on_its_number_only(run: Any):
     assert np.abs(whole.astype(int) - other).max() > 10
 
 
+@pytest.mark.full
 def test_maps_of_other_sizes(run: Any):
     images = run.sample([0, 1], sampler="ddim", num_steps=2, image_size=(4, 12))
     assert images.shape == (2, 4, 12, 3) and images.std() > 10
@@ -153,6 +154,7 @@ def test_a_picture_that_cannot_be_written_shows_before_anything_is_drawn(tmp_pat
             sample.check_output(str(path))
 
 
+@pytest.mark.full
 def test_the_command_draws_a_grid(workdir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     output = tmp_path / "grid.png"
     values = flags.FlagValues()
@@ -174,6 +176,7 @@ def test_unknown_objective(tmp_path: Path):
         train.run(tiny_config(objective="vp"), str(tmp_path / "run"))
 
 
+@pytest.mark.full
 def test_a_run_starts_from_another(workdir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     train.run(tiny_config(init_from=workdir, objective="gvp", steps=1), str(tmp_path / "run"))
     printed = capsys.readouterr().out

@@ -152,6 +152,7 @@ def three_classes(folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.full
 def test_fine_tuning_replaces_the_head_also_at_another_resolution(
     trained: tuple[Path, dict[str, float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -200,6 +201,7 @@ def test_mistakes_are_one_line_and_exit_code_1(arguments: tuple[str, ...], words
     assert line.startswith("error: ") and words in line
 
 
+@pytest.mark.full
 def test_a_disk_that_fills_up_is_one_line_too(tmp_path: Path):
     """Files may not grow beyond 20 kB: the checkpoint cannot be written, all smaller files can."""
     small = [f"--config.model.{name}={value}" for name, value in (ATTENTION | {"widths": (48,)}).items()]
@@ -210,6 +212,7 @@ def test_a_disk_that_fills_up_is_one_line_too(tmp_path: Path):
     assert line.endswith("there is no checkpoint yet") and len(line) < 600
 
 
+@pytest.mark.full
 def test_the_commands_end_with_the_accuracy(tmp_path: Path):
     workdir = f"--workdir={tmp_path / 'run'}"
     small = [f"--config.model.{name}={value}" for name, value in TINY.items()]

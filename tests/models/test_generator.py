@@ -155,6 +155,7 @@ def test_parameters_do_not_depend_on_where_the_scan_is_cut():
     assert shapes(cut)["in_blocks", "norm", "scale"] == (12, 368)
 
 
+@pytest.mark.full
 def test_the_program_does_not_grow_with_depth():
     def lines(depth):
         graph, params = nnx.split(abstract(depth=depth, drop_path=0.1))
@@ -178,6 +179,7 @@ def test_layer_report_names_where_the_scan_is_cut():
     ]
 
 
+@pytest.mark.full
 def test_every_parameter_gets_a_gradient():
     graph, params = nnx.split(tiny())
     arrays = inputs(2, 4, 6)
@@ -186,6 +188,7 @@ def test_every_parameter_gets_a_gradient():
         assert np.all(np.isfinite(leaf[...])) and np.any(np.asarray(leaf[...]) != 0), path
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options,size", [
     (dict(), (12, 26)), (dict(), (2, 2)), (dict(mixer="attention", proxy_rank=None, patch=1), (3, 5)),
 ])  # fmt: skip
@@ -224,6 +227,7 @@ def test_patches_and_back():
     np.testing.assert_array_equal(layers.unpatched(tokens, 2), maps)
 
 
+@pytest.mark.full
 def test_bfloat16_model_keeps_float32_parameters_and_outputs():
     model, arrays = tiny(dtype="bfloat16"), inputs(2, 8, 12)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))

@@ -35,7 +35,7 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("parameters", ["ema", "raw"])
+@pytest.mark.parametrize("parameters", ["ema", pytest.param("raw", marks=pytest.mark.full)])
 def test_a_classifier_computes_the_same(runs: Path, parameters: str):
     run = load_run(runs / "classifier", parameters=parameters)
     assert (run.description["task"], run.step, run.parameters) == ("classification", 2, parameters)
@@ -62,6 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", list(OPTIONS))
 def test_an_interrupted_run_goes_on(runs: Path, name: str):
     config = {"classifier": classifier, "generator": generator}[name].get_config("digits")
