@@ -91,6 +91,7 @@ def test_global_is_global_at_every_resolution():
     assert float(jnp.abs(influence[0, 0]).max()) > 0
 
 
+@pytest.mark.full
 def test_every_parameter_gets_a_gradient():
     graph, params = nnx.split(tiny())
     loss = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graph, p)(images(2, 64, 48))))))

@@ -43,6 +43,7 @@ def test_a_classifier_computes_the_same(runs: Path, parameters: str):
     np.testing.assert_allclose(logits, EXPECTED[f"logits_2_{parameters}"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
 def test_a_generator_computes_the_same(runs: Path):
     run = load_run(runs / "generator")
     inputs = (jnp.asarray(EXPECTED[name]) for name in ("x", "time", "label"))

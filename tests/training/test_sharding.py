@@ -89,6 +89,7 @@ MESHES = {
 SPECS = {"one": P(None, "model"), "data": P(None, None), "both": P(None, "model"), "fsdp": P("data", "model")}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("names", [("fsdp",), pytest.param(("data", "both"), marks=pytest.mark.full)])
 def test_loss_curve_does_not_depend_on_the_mesh(names: tuple[str, ...], tmp_path: Path):
     """The hidden layer is large enough to be sharded; mixing pairs rows of different devices."""
