@@ -139,7 +139,7 @@ def _bind_propagation(program: Program) -> tuple[Callable[..., Any], list[Any], 
         up = UpProjection(logits, *[array(shape.rank, 4, shape.channels)] * 3)
         arguments: list[Any] = [x, array(*pixels, shape.rank), up, merge]
         function = kernels.low_rank_forward if is_forward else kernels.low_rank_backward
-        options["path"] = variant
+        options["variant"] = variant
     else:
         maps = [array(*pixels, 4, shape.channels)] * 3
         arguments = [x, array(*pixels, 4, 3, shape.weight_channels), *maps, merge]
