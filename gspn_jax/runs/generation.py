@@ -11,13 +11,10 @@ from flax import nnx
 
 from gspn_jax import data
 from gspn_jax.diffusion import GaussianDiffusion, Interpolant
-from gspn_jax.diffusion.interpolants import PATHS
 from gspn_jax.runs.description import InputDescription, RunDescription, mixer_of, model_builder, network_of, sizes_of
 from gspn_jax.runs.run import Picture, Run
 from gspn_jax.sampling import ImageSampler, Sampling
-from gspn_jax.training.tasks.generation import Generation, Objective
-
-OBJECTIVES = ("ddpm", *PATHS)
+from gspn_jax.training.tasks.generation import OBJECTIVES, Generation, Objective
 
 
 def describe_input(latents: data.LatentSpace | None, image_size: int) -> InputDescription:

@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 
 from gspn_jax import data, models
-from gspn_jax.diffusion.interpolants import PATHS
 from gspn_jax.models.autoencoder import LATENT_FACTOR, LATENT_SCALE
 from gspn_jax.training import save_parameters
 from gspn_jax.training.functional import to_nested
+from gspn_jax.training.tasks.generation import OBJECTIVES
 from gspn_jax.weights.dit import facebook_dit, facebook_dit_sizes
 from gspn_jax.weights.files import read_arrays
 from gspn_jax.weights.gspn import (
@@ -22,8 +22,6 @@ from gspn_jax.weights.gspn import (
     nvlabs_generator_sizes,
 )
 from gspn_jax.weights.torch_layouts import unwrapped
-
-OBJECTIVES = ("ddpm", *PATHS)
 
 # A parameter that only this network has.
 _MARKS = {

@@ -11,11 +11,13 @@ from flax import nnx
 
 from gspn_jax.diffusion import GaussianDiffusion, Interpolant
 from gspn_jax.diffusion.gaussian import split_output
+from gspn_jax.diffusion.interpolants import PATHS
 from gspn_jax.training.functional import Functional
 from gspn_jax.training.sharding import place_batch
 from gspn_jax.training.state import Parameters
 
 Objective = GaussianDiffusion | Interpolant
+OBJECTIVES = ("ddpm", *PATHS)  # by name: noise prediction, and the interpolants
 
 
 class Generation:
