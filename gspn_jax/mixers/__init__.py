@@ -14,10 +14,16 @@ from flax import nnx
 
 from gspn_jax.mixers.attention import SoftmaxAttention
 from gspn_jax.mixers.gspn import GSPNMixer
+from gspn_jax.mixers.linear_attention import LinFusionAttention
+from gspn_jax.mixers.mamba import MambaMixer
+from gspn_jax.mixers.mamba2 import Mamba2Mixer
 
 __all__ = [
     "MIXERS",
     "GSPNMixer",
+    "LinFusionAttention",
+    "Mamba2Mixer",
+    "MambaMixer",
     "MixerBuilder",
     "SoftmaxAttention",
     "call_parameters",
@@ -25,15 +31,21 @@ __all__ = [
     "mixer_options",
 ]
 
-MixerBuilder = Callable[..., nnx.Module]  # called as builder(features, chunk=..., dtype=..., rngs=...)
+# Called as builder(features, dtype=..., rngs=...); `chunk`, `num_heads` and `param_dtype` may be given too.
+MixerBuilder = Callable[..., nnx.Module]
 
 MIXERS: dict[str, MixerBuilder] = {
     "gspn": GSPNMixer,
     "attention": SoftmaxAttention,
+    "linfusion": LinFusionAttention,
+    "mamba": MambaMixer,
+    "mamba2": Mamba2Mixer,
 }
 
-# Arguments that the network passes to its mixers.
+# Arguments that every network passes to its mixers.
 _GIVEN = ("features", "chunk", "dtype", "rngs")
+# Arguments of a network that a mixer may lack.
+_DROPPED = ("chunk", "num_heads", "param_dtype")
 
 
 def find_mixer(mixer: str | MixerBuilder) -> MixerBuilder:
@@ -63,21 +75,26 @@ def mixer_options(mixer: str | MixerBuilder) -> tuple[frozenset[str], bool]:
 
 
 def mixer_builder(mixer: str | MixerBuilder, options: Mapping[str, Any] | None = None) -> MixerBuilder:
-    """Returns builder(features, chunk=..., dtype=..., rngs=...), which a network calls for each of its blocks.
+    """Returns the function that a network calls for each of its blocks.
+
+    Its arguments are features, `dtype`, `rngs` and, where the network has them, `chunk`, `num_heads` and `param_dtype`.
+    It drops those of the last three that the mixer does not take.
 
     Args:
         mixer: a name in `MIXERS`, or a callable that builds a mixer as this module's docstring describes.
-        options: further arguments of the mixer. The builder drops `chunk` if the mixer does not take it.
+        options: further arguments of the mixer. An argument of the network takes the place of an option of that name.
 
     Raises:
         ValueError: `MIXERS` lacks the name.
     """
     build = functools.partial(find_mixer(mixer), **(options or {}))
     parameters = call_parameters(build)
-    if "chunk" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    dropped = set() if takes_any else set(_DROPPED) - set(parameters)
+    if not dropped:
         return build
 
-    def without_chunk(features: int, *, chunk: int | None, **given: Any) -> nnx.Module:
-        return build(features, **given)
+    def without_dropped(features: int, **given: Any) -> nnx.Module:
+        return build(features, **{key: value for key, value in given.items() if key not in dropped})
 
-    return without_chunk
+    return without_dropped

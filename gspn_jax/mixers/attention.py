@@ -1,13 +1,12 @@
 """Softmax self-attention: the baseline."""
 
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-HEAD_WIDTH = 32
+from gspn_jax.mixers.arguments import check_map, checked_heads
 
 
 class SoftmaxAttention(nnx.Module):
@@ -22,6 +21,7 @@ class SoftmaxAttention(nnx.Module):
         *,
         num_heads: int | None = None,
         use_bias: bool = False,
+        out_bias: bool | None = None,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -32,6 +32,7 @@ class SoftmaxAttention(nnx.Module):
             features: C, the channels of the map.
             num_heads: a divisor of C; None takes the largest divisor that gives each head at least 32 channels.
             use_bias: whether the projections have biases.
+            out_bias: whether the last projection has one; None: as the others.
             dtype: dtype of the computation; the softmax is float32.
             param_dtype: dtype of the parameters.
             rngs: source of the initial parameters.
@@ -39,22 +40,16 @@ class SoftmaxAttention(nnx.Module):
         Raises:
             ValueError: features is less than 1, or num_heads does not divide it.
         """
-        if not isinstance(features, numbers.Integral) or features < 1:
-            raise ValueError(f"features: expected an integer of at least 1, got {features}")
-        if num_heads is None:
-            num_heads = next(n for n in range(max(features // HEAD_WIDTH, 1), 0, -1) if features % n == 0)
-        if num_heads < 1 or features % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of features = {features}, got {num_heads}")
-        self.num_heads = num_heads
-        options: Any = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.qkv = nnx.Linear(features, 3 * features, **options)
-        self.out = nnx.Linear(features, features, **options)
+        self.num_heads = checked_heads(features, num_heads)
+        out_bias = use_bias if out_bias is None else out_bias
+        options: Any = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.qkv = nnx.Linear(features, 3 * features, use_bias=use_bias, **options)
+        self.out = nnx.Linear(features, features, use_bias=out_bias, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns (B, H, W, C) in the dtype of the computation, for x (B, H, W, C); ValueError for another shape."""
         features = self.qkv.in_features
-        if x.ndim != 4 or x.shape[-1] != features:
-            raise ValueError(f"x: expected shape (B, H, W, {features}), got {x.shape}")
+        check_map(x, features)
         batch, height, width, _ = x.shape
         # (B, H, W, 3 C) to three of (B, H W, heads, C / heads)
         shape = (batch, height * width, 3, self.num_heads, features // self.num_heads)

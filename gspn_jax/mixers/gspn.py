@@ -1,12 +1,13 @@
 """The GSPN module (GSPN, section 3): four line scans whose weights are predicted from the map."""
 
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gspn_jax.mixers.arguments import check_counts, check_map
+from gspn_jax.mixers.unturned import propagate_turned, wide_logits, wide_turns
 from pallas_kernels import VARIANTS, UpProjection, propagate, propagate_low_rank
 from pallas_kernels.propagation import ALIGNMENTS
 from pallas_kernels.up_projection import maps_of
@@ -23,6 +24,8 @@ class GSPNMixer(nnx.Module):
 
     A proxy of `proxy_rank` channels is a linear function of the map. The logits of the weights, lam, gate and skip are
     linear functions of the proxy. There are no biases and no positional embedding: the scans' order encodes positions.
+    With `query_key_value`, linear functions of the map are added to what lam, gate and the scans are computed from: by
+    the correspondence with linear attention, lam follows the keys, gate the queries and the scanned map the values.
     Forward mode (`jax.jvp`, `jax.hessian`) is not supported, as in `pallas_kernels.propagate_low_rank`.
     """
 
@@ -33,6 +36,8 @@ class GSPNMixer(nnx.Module):
         proxy_rank: int = 8,
         weight_channels: int | None = None,
         propagation_channels: int | None = None,
+        query_key_value: bool = False,
+        out_projection: bool = False,
         chunk: int | None = None,
         alignment: str = "aligned",
         implementation: str | None = None,
@@ -52,8 +57,13 @@ class GSPNMixer(nnx.Module):
             propagation_channels: projects the map to this many channels, propagates them and projects back (GSPN-2's
                 compact propagation). None propagates the C channels. The proxy is computed from the C channels in
                 either case.
+            query_key_value: computes lam from proxy(x + key(x)) and gate from proxy(x + query(x)), and propagates
+                x + value(x); query, key and value are linear and have C channels. False: proxy(x) and x.
+            out_projection: ends with a linear layer with bias, as attention does. With this and `query_key_value` a
+                module is what GSPN's text-to-image networks have in place of self-attention.
             chunk: lines after which the scans restart (local GSPN); None: global, at every resolution.
-            alignment: "aligned" or "unturned", as in `pallas_kernels.propagate`.
+            alignment: "aligned" or "unturned", as in `pallas_kernels.propagate`. With `out_projection`, "unturned" also
+                takes maps with W = 2 H, in the way of the released text-to-image program (`wide_turns`).
             implementation: of the propagation, as in `pallas_kernels.propagate`; None takes the fastest available.
             variant: Mosaic kernel variant, as in `pallas_kernels.propagate_low_rank`; None takes the fastest by the
                 measured table.
@@ -67,9 +77,7 @@ class GSPNMixer(nnx.Module):
             ValueError: an argument out of range; the message names it.
         """
         channels = features if propagation_channels is None else propagation_channels
-        for name, value in (("features", features), ("proxy_rank", proxy_rank), ("propagation_channels", channels)):
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value}")
+        check_counts(features=features, proxy_rank=proxy_rank, propagation_channels=channels)
         weight_channels = channels if weight_channels is None else weight_channels
         if weight_channels < 1 or channels % weight_channels:
             raise ValueError(f"weight_channels: expected a divisor of {channels} channels, got {weight_channels}")
@@ -83,11 +91,11 @@ class GSPNMixer(nnx.Module):
         self.keep_states, self.dtype = keep_states, dtype
         self.channels, self.weight_channels = channels, weight_channels
 
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
+        def linear(inputs: int, outputs: int, use_bias: bool = False) -> nnx.Linear:
             return nnx.Linear(
                 inputs,
                 outputs,
-                use_bias=False,
+                use_bias=use_bias,
                 kernel_init=FAN_IN_UNIFORM,
                 dtype=dtype,
                 param_dtype=param_dtype,
@@ -105,47 +113,82 @@ class GSPNMixer(nnx.Module):
         compact = propagation_channels is not None
         self.reduce = linear(features, channels) if compact else None
         self.expand = linear(channels, features) if compact else None
+        self.query, self.key, self.value = (linear(features, features) if query_key_value else None for _ in range(3))
+        self.out = linear(features, features, use_bias=True) if out_projection else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns (B, H, W, C) in the dtype of the computation, for x (B, H, W, C); ValueError for another shape."""
-        features = self.proxy.in_features
-        if x.ndim != 4 or x.shape[-1] != features:
-            raise ValueError(f"x: expected shape (B, H, W, {features}), got {x.shape}")
-        proxy = self.proxy(x)  # (B, H, W, proxy_rank)
-        x = x.astype(self.dtype) if self.reduce is None else self.reduce(x)  # (B, H, W, channels that propagate)
+        check_map(x, self.proxy.in_features)
+        propagation = self._propagation if self.keep_states else jax.checkpoint(self._propagation)
+        y = self._unpad(propagation(self._propagated(x), self._proxy(x), self._up_projection(), self.merge[...]))
+        y = y if self.expand is None else self.expand(y)
+        return y if self.out is None else self.out(y)
+
+    def _propagation(self, x: jax.Array, proxy: jax.Array, up: UpProjection, merge: jax.Array) -> jax.Array:
+        """Returns x propagated, with zero channels added."""
+        options: Any = dict(chunk=self.chunk, implementation=self.implementation)
+        if self.alignment == "aligned":
+            return propagate_low_rank(self._pad(x), proxy, up, merge, variant=self.variant, **options)
+        if self.out is None or x.shape[1] == x.shape[2]:
+            options |= dict(alignment="unturned", variant=self.variant)
+            return propagate(self._pad(x), *maps_of(proxy, up), merge, **options)
+        if x.shape[2] != 2 * x.shape[1]:
+            raise ValueError(f"x: expected H = W, or W = 2 H, for alignment 'unturned'; got shape {x.shape}")
+        maps = maps_of(proxy, up._replace(logits=wide_logits(up.logits)))
+        return propagate_turned([self._pad(turn) for turn in wide_turns(x)], *maps, merge, **options)
+
+    def _proxy(self, x: jax.Array) -> jax.Array:
+        """Returns the proxy, (B, H, W, S): of x, or those of x, x + key(x) and x + query(x) side by side."""
+        if self.key is None or self.query is None:
+            return self.proxy(x)
+        x = x.astype(self.dtype)
+        return jnp.concatenate([self.proxy(one) for one in (x, x + self.key(x), x + self.query(x))], axis=-1)
+
+    def _propagated(self, x: jax.Array) -> jax.Array:
+        """Returns the map that propagates, (B, H, W, channels)."""
+        x = x.astype(self.dtype)
+        x = x if self.value is None else x + self.value(x)
+        return x if self.reduce is None else self.reduce(x)
+
+    def _up_projection(self) -> UpProjection:
+        """Returns the projections of `_proxy` to all maps, padded."""
+
+        def columns(layer: nnx.Linear, *slots: int) -> jax.Array:
+            """Returns (S, 4, *slots, channels): the kernel is padded instead of the maps."""
+            kernel = layer.kernel[...].astype(self.dtype)
+            if slots:
+                kernel = kernel.reshape(-1, 4, *slots, self.weight_channels)
+                return jnp.pad(kernel, [(0, 0)] * 3 + [(0, self._padding[0])])
+            return self._pad(kernel.reshape(-1, 4, self.channels))
+
+        logits, *others = columns(self.logits, 3), *map(columns, (self.lam, self.gate, self.skip))
+        if self.key is None:
+            return UpProjection(logits, *others)
+        # Each map takes one of the three proxies: zeros in the rows of the other two keep it a product with all three.
+        rank = self.proxy.out_features
+
+        def rows(array: jax.Array, index: int) -> jax.Array:
+            return jnp.pad(array, [(index * rank, (2 - index) * rank)] + [(0, 0)] * (array.ndim - 1))
+
+        return UpProjection(*(rows(array, index) for array, index in zip((logits, *others), (0, 1, 2, 0), strict=True)))
+
+    @property
+    def _padding(self) -> tuple[int, int]:
+        """Weight channels, and channels per weight channel, that are added."""
         groups, size = _padded_channels(self.channels, self.weight_channels)
-        pad_groups, pad_size = groups - self.weight_channels, size - self.channels // self.weight_channels
+        return groups - self.weight_channels, size - self.channels // self.weight_channels
 
-        def pad(array: jax.Array) -> jax.Array:
-            """Returns (..., groups * size): (..., channels) with zero channels added."""
-            if pad_groups == pad_size == 0:
-                return array
-            array = array.reshape(*array.shape[:-1], self.weight_channels, -1)
-            array = jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, pad_groups), (0, pad_size)])
-            return array.reshape(*array.shape[:-2], groups * size)
+    def _pad(self, array: jax.Array) -> jax.Array:
+        """Returns (..., channels) with zero channels added."""
+        if self._padding == (0, 0):
+            return array
+        array = array.reshape(*array.shape[:-1], self.weight_channels, -1)
+        array = jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, added) for added in self._padding])
+        return array.reshape(*array.shape[:-2], -1)
 
-        def columns(projection: nnx.Linear) -> jax.Array:
-            # Pads the kernel instead of the maps: (rank, 4, channels) to (rank, 4, groups * size).
-            return pad(projection.kernel[...].astype(self.dtype).reshape(-1, 4, self.channels))
-
-        # (rank, direction, slot, weight channel)
-        logits = self.logits.kernel[...].astype(self.dtype).reshape(-1, 4, 3, self.weight_channels)
-        logits = jnp.pad(logits, [(0, 0)] * 3 + [(0, pad_groups)])
-        up = UpProjection(logits, *(columns(projection) for projection in (self.lam, self.gate, self.skip)))
-        options: Any = dict(chunk=self.chunk, implementation=self.implementation, variant=self.variant)
-
-        def propagation(x: jax.Array, proxy: jax.Array, up: UpProjection, merge: jax.Array) -> jax.Array:
-            if self.alignment == "aligned":
-                return propagate_low_rank(x, proxy, up, merge, **options)
-            return propagate(x, *maps_of(proxy, up), merge, alignment=self.alignment, **options)
-
-        propagation = propagation if self.keep_states else jax.checkpoint(propagation)
-        y = self._unpad(propagation(pad(x), proxy, up, self.merge[...]), groups, size)
-        return y if self.expand is None else self.expand(y)
-
-    def _unpad(self, y: jax.Array, groups: int, size: int) -> jax.Array:
-        """Returns (..., channels): (..., groups * size) without the added zero channels."""
-        y = y.reshape(*y.shape[:-1], groups, size)
+    def _unpad(self, y: jax.Array) -> jax.Array:
+        """Returns (..., channels): y without the added zero channels."""
+        y = y.reshape(*y.shape[:-1], self.weight_channels + self._padding[0], -1)
         y = y[..., : self.weight_channels, : self.channels // self.weight_channels]
         return y.reshape(*y.shape[:-2], self.channels)
 

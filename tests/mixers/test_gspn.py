@@ -122,4 +122,4 @@ def test_states_are_kept_only_if_asked_for():
         loss, params, x = loss_of(keep_states=keep_states)
         residuals = jax.eval_shape(lambda *inputs, loss=loss: jax.vjp(loss, *inputs)[1], params, x)
         kept.append(sum(leaf.size for leaf in jax.tree.leaves(residuals) if leaf.shape == (1, 4, 3, 8)))
-    assert kept[0] - kept[1] == 4 * 4 * 3 * 8  # h of four directions, (1, 4, 3, 8) each
+    assert kept[0] - kept[1] == 5 * 4 * 3 * 8  # h of four directions and the padded map, (1, 4, 3, 8) each

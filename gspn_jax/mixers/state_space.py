@@ -1,0 +1,149 @@
+"""The recurrences of Mamba and Mamba-2 over sequences, in chunks of tokens.
+
+Both are compiled in a form that is fast without a kernel of its own: see `selective_scan` and `grouped_scan`. Where a
+length is no multiple of the chunk, tokens with step 0 are added, which leave the state as it is.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.checks import state_dtype
+
+# Tokens of a chunk.
+SELECTIVE_CHUNK = 64
+GROUPED_CHUNK = 64
+
+
+def both_ways(tokens: jax.Array) -> jax.Array:
+    """Returns (2 B, L, ...): the sequences (B, L, ...), then the same reversed."""
+    return jnp.concatenate([tokens, tokens[:, ::-1]])
+
+
+def added(tokens: jax.Array) -> jax.Array:
+    """Returns (B, L, ...): of (2 B, L, ...), the first half plus the second half turned back."""
+    one, other = jnp.split(tokens, 2)
+    return one + other[:, ::-1]
+
+
+def causal_conv(tokens: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Convolves each channel with the tokens up to its own: (B, L, C) to (B, L, C).
+
+    Args:
+        tokens: (B, L, C).
+        kernel: (taps, C); the last tap is the token itself.
+        bias: (C,).
+    """
+    taps, length = kernel.shape[0], tokens.shape[1]
+    padded = jnp.pad(tokens, [(0, 0), (taps - 1, 0), (0, 0)])
+    return sum(padded[:, tap : tap + length] * kernel[tap][None, None] for tap in range(taps)) + bias[None, None]
+
+
+def selective_scan(
+    u: jax.Array, step: jax.Array, rate: jax.Array, write: jax.Array, read: jax.Array, *, chunk: int | None = None
+) -> jax.Array:
+    """Mamba's recurrence (arXiv 2312.00752, equation 2 with section 3.6): each channel has a state of N numbers.
+
+        h_t = exp(-step_t rate) h_{t-1} + step_t write_t u_t,    y_t = read_t . h_t
+
+    Chunks run one after another; within a chunk `jax.lax.associative_scan` runs all tokens at once. The backward pass
+    keeps the states between chunks and computes those inside again.
+
+    Args:
+        u: (B, L, C).
+        step: (B, L, C), at least 0.
+        rate: (C, N), above 0.
+        write, read: (B, L, N).
+        chunk: tokens of a chunk; None: `SELECTIVE_CHUNK`.
+
+    Returns:
+        y, (B, L, C) float32; float64 where u is.
+    """
+    dtype = state_dtype(u)
+    rate, length = rate.astype(dtype), u.shape[1]
+
+    def combine(one: tuple, two: tuple) -> tuple[jax.Array, jax.Array]:
+        return one[0] * two[0], two[0] * one[1] + two[1]
+
+    @jax.checkpoint
+    def advance(state: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
+        u, step, write, read = (array.astype(dtype) for array in inputs)
+        decay = jnp.exp(-step[..., None] * rate[None, None])  # (chunk, B, C, N)
+        added = (step * u)[..., None] * write[:, :, None]
+        decay, states = jax.lax.associative_scan(combine, (decay, added))
+        states += decay * state[None]
+        return states[-1], jnp.einsum("lbcn,lbn->lbc", states, read)
+
+    chunk = min(SELECTIVE_CHUNK if chunk is None else chunk, length)
+    inputs = tuple(_chunks(array.swapaxes(0, 1), 0, chunk) for array in (u, step, write, read))
+    start = jnp.zeros_like(u, dtype, shape=(u.shape[0], *rate.shape))
+    _, y = jax.lax.scan(advance, start, inputs)
+    return y.reshape(-1, *y.shape[2:])[:length].swapaxes(0, 1)
+
+
+def _chunks(array: jax.Array, axis: int, chunk: int) -> jax.Array:
+    """Returns the array with an axis L split into (L / chunk, chunk), after zeros are added at its end."""
+    added = [(0, -array.shape[axis] % chunk if each == axis else 0) for each in range(array.ndim)]
+    return jnp.pad(array, added).reshape(*array.shape[:axis], -1, chunk, *array.shape[axis + 1 :])
+
+
+@jax.checkpoint
+def _grouped(u, step, rate, write, read):
+    """`grouped_scan` of (B, K, Q, ...): K chunks of Q tokens."""
+    dtype = step.dtype
+    heads, groups = step.shape[3], write.shape[3]
+    # The logarithm of the decay from the start of a chunk to each token, (B, K, Q, heads).
+    total = jnp.cumsum(-step * rate[None, None, None], axis=2)
+
+    def of_heads(array: jax.Array) -> jax.Array:
+        return jnp.repeat(array, heads // groups, axis=3)
+
+    def product(equation: str, *arrays: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, *(array.astype(u.dtype) for array in arrays), preferred_element_type=dtype)
+
+    # Within a chunk, as attention with decaying weights: (B, K, heads, Q, Q).
+    by_head = total.swapaxes(2, 3)
+    earlier = jnp.tril(jnp.ones((u.shape[2],) * 2, bool))[None, None, None]
+    decay = jnp.exp(jnp.where(earlier, by_head[..., :, None] - by_head[..., None, :], -jnp.inf))
+    scores = jnp.repeat(product("bkqgn,bksgn->bkgqs", read, write), heads // groups, axis=2)
+    weights = scores * decay * step.swapaxes(2, 3)[..., None, :]
+    y = product("bkhqs,bkshp->bkqhp", weights, u)
+
+    # From chunk to chunk: what each adds to the state, and the state that it starts with, (B, K, heads, P, N).
+    to_end = jnp.exp(total[:, :, -1:] - total) * step
+    adds = product("bkshp,bkshn->bkhpn", u * to_end[..., None].astype(u.dtype), of_heads(write))
+    keeps = jnp.exp(total[:, :, -1])[..., None, None]
+
+    def combine(one: tuple, two: tuple) -> tuple[jax.Array, jax.Array]:
+        return one[0] * two[0], two[0] * one[1] + two[1]
+
+    _, ends = jax.lax.associative_scan(combine, (keeps, adds), axis=1)
+    starts = jnp.pad(ends[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])
+    return y + product("bkqhn,bkhpn->bkqhp", of_heads(read), starts) * jnp.exp(total)[..., None]
+
+
+def grouped_scan(
+    u: jax.Array, step: jax.Array, rate: jax.Array, write: jax.Array, read: jax.Array, *, chunk: int | None = None
+) -> jax.Array:
+    """Mamba-2's recurrence (arXiv 2405.21060): a head of P channels has a state of P x N numbers and one decay.
+
+        h_t = exp(-step_t rate) h_{t-1} + step_t u_t write_t^T,    y_t = h_t read_t
+
+    Computed by matrix products (section 6): within a chunk as attention, between chunks by the states, all chunks at
+    once. The backward pass keeps the inputs alone.
+
+    Args:
+        u: (B, L, heads, P). Its dtype is that of the factors of matrix products; sums and decays are float32 (float64
+            where u is).
+        step: (B, L, heads), at least 0.
+        rate: (heads,), above 0.
+        write, read: (B, L, groups, N), where groups divides heads: head h uses group h // (heads / groups).
+        chunk: tokens of a chunk; None: `GROUPED_CHUNK`. It changes the result by rounding only.
+
+    Returns:
+        y, (B, L, heads, P) float32; float64 where u is.
+    """
+    dtype, length = state_dtype(u), u.shape[1]
+    chunk = min(GROUPED_CHUNK if chunk is None else chunk, length)
+    u, step, write, read = (_chunks(array, 1, chunk) for array in (u, step.astype(dtype), write, read))
+    y = _grouped(u, step, rate.astype(dtype), write, read)
+    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length]
