@@ -73,7 +73,8 @@ def test_odd_sizes_and_stage_maps(name):
 
 
 @pytest.mark.parametrize("mixer,size", [
-    pytest.param("gspn", (50, 38), marks=pytest.mark.full), ("gspn", (1, 1)), ("attention", (7, 64)),
+    pytest.param("gspn", (50, 38), marks=pytest.mark.full), ("gspn", (1, 1)),
+    pytest.param("attention", (7, 64), marks=pytest.mark.full),
 ])  # fmt: skip
 def test_any_size_gives_finite_logits_that_depend_on_every_corner(mixer, size):
     model = tiny(mixer=mixer, **({"proxy_rank": None} if mixer == "attention" else {}))
@@ -170,7 +171,7 @@ def test_layer_report_names_every_layer():
 
 
 @pytest.mark.parametrize("options,words", [
-    (dict(name="gspn_x"), ("name", "gspn_t", "'gspn_x'")), (dict(mixer="mamba"), ("mixer", "attention", "'mamba'")),
+    (dict(name="gspn_x"), ("name", "gspn_t", "'gspn_x'")), (dict(mixer="hyena"), ("mixer", "attention", "'hyena'")),
     (dict(proxyrank=3), ("proxyrank", "proxy_rank", "3")), (dict(stem_stride=3), ("stem_stride", "1, 2, 4", "3")),
     (dict(activation="relu"), ("activation", "silu", "'relu'")), (dict(drop_path=1.0), ("drop_path", "1.0")),
     (dict(widths=("a",)), ("widths", "integers", "'a'")),

@@ -117,6 +117,7 @@ def unrolled(mixer, model, latents, timestep, label, key=None):
     return layers.unpatched(model.head(model.norm(residual), condition), model.patch)
 
 
+@pytest.mark.full
 def test_scans_cut_in_the_middle_equal_a_loop_over_blocks():
     """Compares values and all gradients in training, with rematerialisation and stochastic depth."""
     build = functools.partial(Generator, CLASSES, WIDTH, 4, mixer=Scale, global_blocks=GLOBAL_BLOCKS)
@@ -139,6 +140,7 @@ def test_scans_cut_in_the_middle_equal_a_loop_over_blocks():
         assert_close(leaf[...], want_leaves[path][...], tolerance=2e-5, name=str(path))
 
 
+@pytest.mark.full
 def test_inference_drops_nothing():
     model, arrays = tiny(depth=4, global_blocks=GLOBAL_BLOCKS, drop_path=0.5), inputs(3, 10, 6)
     loop = functools.partial(unrolled, functools.partial(GSPNMixer, proxy_rank=2), model)
@@ -250,7 +252,7 @@ def test_stacked_blocks_start_apart_and_within_their_bounds():
 
 
 @pytest.mark.parametrize("options,words", [
-    (dict(name="gspn_9"), ("name", "gspn_xl4", "'gspn_9'")), (dict(mixer="mamba"), ("mixer", "attention", "'mamba'")),
+    (dict(name="gspn_9"), ("name", "gspn_xl4", "'gspn_9'")), (dict(mixer="hyena"), ("mixer", "attention", "'hyena'")),
     (dict(widths=3), ("widths", "width", "3")), (dict(depth=5), ("depth", "even", "5")),
     (dict(depth=0), ("depth", "at least 1", "0")), (dict(global_blocks=(25,)), ("global_blocks", "0..24", "(25,)")),
     (dict(global_blocks=(-1,)), ("global_blocks", "0..24", "(-1,)")), (dict(patch=0), ("patch", "1", "0")),

@@ -105,7 +105,8 @@ def test_axes_that_do_not_fit_are_left_out(kind, batch, channels, weight_channel
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("manual", [pytest.param(("data", "model"), marks=pytest.mark.full), ("data",)])
+@pytest.mark.full
+@pytest.mark.parametrize("manual", [("data", "model"), ("data",)])
 def test_inside_the_callers_own_shard_map(manual):
     """Every device holds the whole of merge, and of logits that the images share: their gradients are sums."""
     arrays = draw_maps((4, 4, 5, 8), 1)

@@ -35,6 +35,7 @@ def test_a_run_reports_and_can_be_asked_again(tmp_path: Path, capsys: pytest.Cap
     assert [row["step"] for row in rows(tmp_path, "evaluation")] == [3, 6]  # nothing twice
 
 
+@pytest.mark.full
 def test_the_numbers_depend_on_the_seed(tmp_path: Path):
     curves = []
     for seed in (0, 0, 1):

@@ -40,7 +40,7 @@ def network(arrays):
     return fid_inception(arrays)
 
 
-@pytest.mark.parametrize("size", [pytest.param(64, marks=pytest.mark.full), 299])
+@pytest.mark.parametrize("size", [64, pytest.param(299, marks=pytest.mark.full)])
 def test_features_of_the_published_program(network, size):
     images = jnp.asarray(GOLDEN[f"image_{size}"].transpose(0, 2, 3, 1))
     features = jax.jit(lambda images: network(images))(images)

@@ -76,9 +76,9 @@ def test_assuming_a_card_changes_the_choice():
 CLASSIFIERS = [name for name, preset in models.PRESETS.items() if preset.network == "classifier"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name,options", [
-    *(pytest.param(name, {}, marks=() if name == "gspn_nano" else pytest.mark.full) for name in CLASSIFIERS),
-    pytest.param("gspn_t", {"weight_channels": 1}, marks=pytest.mark.full),
+    *((name, {}) for name in CLASSIFIERS), ("gspn_t", {"weight_channels": 1}),
 ])  # fmt: skip
 def test_every_layer_of_every_preset_takes_the_kernels(monkeypatch, name, options):
     """The model and its gradient are only traced, at an odd size that is about twice that of training."""
