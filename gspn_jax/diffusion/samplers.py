@@ -242,8 +242,8 @@ def deis(denoiser: Denoiser, start: jax.Array, visited: Steps, *, progress: Prog
     sigma, count = np.sqrt(1 / visited.alphas_bar - 1), len(visited.timesteps)
     end = max(count - visited.first_order_end, 1)  # steps 1 .. end - 1 are second-order
     before, now, after = sigma[: end - 1], sigma[1:end], sigma[2 : end + 1]
-    # The line through both noises gives the older one the weight log(s / now) / log(before / now) at s; its integral
-    # from now to after. The newer one has the rest of the step.
+    # At s the line through both noises gives the older one the weight log(s / now) / log(before / now). Its weight in
+    # the step is the integral of that from now to after; the newer one has the rest.
     older = np.zeros(count)
     older[1:end] = (after * (np.log(after / now) - 1) + now) / np.log(before / now)
     return _multistep(denoiser, start, visited, np.stack([np.diff(sigma) - older, older], axis=1), progress)
