@@ -22,9 +22,18 @@ class LayerNorm(nnx.LayerNorm):
         return jax.checkpoint(super().__call__)(x)
 
 
-def layer_norm(features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, epsilon: float = 1e-5) -> LayerNorm:
-    """Returns a LayerNorm over channels whose statistics are float32, computed from centred values."""
-    return LayerNorm(features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
+def layer_norm(
+    features: int,
+    *,
+    dtype: jnp.dtype,
+    param_dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+    epsilon: float = 1e-5,
+) -> LayerNorm:
+    """Returns a LayerNorm over channels whose statistics are at least float32, computed from centred values."""
+    return LayerNorm(
+        features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
 
 
 def conv3x3(inputs: int, outputs: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
