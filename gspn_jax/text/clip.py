@@ -131,7 +131,7 @@ class CLIPText(nnx.Module):
         """Encodes texts.
 
         Args:
-            ids: tokens, (B, T) integers below `vocabulary`, T at most `length`; others give NaN.
+            ids: tokens, (B, T) integers from 0, T at most `length`; those beyond the vocabulary give NaN.
 
         Returns:
             "last": hidden states after the last layer and the final norm, (B, T, width), as SD-1.5 uses them;
