@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from gspn_jax.mixers import GSPNMixer, SoftmaxAttention
     from gspn_jax.models import create_model, list_models
     from gspn_jax.runs import load_run
+    from gspn_jax.text_to_image import TextToImage
 
-__all__ = ["GSPNMixer", "SoftmaxAttention", "__version__", "create_model", "list_models", "load_run"]
+__all__ = ["GSPNMixer", "SoftmaxAttention", "TextToImage", "__version__", "create_model", "list_models", "load_run"]
 
 _MODULES = {
     "GSPNMixer": "gspn_jax.mixers",
@@ -25,6 +26,7 @@ _MODULES = {
     "create_model": "gspn_jax.models",
     "list_models": "gspn_jax.models",
     "load_run": "gspn_jax.runs",
+    "TextToImage": "gspn_jax.text_to_image",
 }
 
 

@@ -13,7 +13,7 @@ def guided(
     denoiser: ConditionalDenoiser,
     condition: Any,
     *,
-    scale: float = 1.0,
+    scale: float | jax.Array = 1.0,
     no_class: Any,
     interval: tuple[float, float] | None = None,
     channels: int | None = None,
@@ -25,8 +25,8 @@ def guided(
     Args:
         denoiser: called as denoiser(x_t (B, ..., C), time (B,), condition).
         condition: the samples' condition: labels (B,), or any tree of arrays (B, ...).
-        scale: strength of guidance; 1 gives the conditional prediction and calls the denoiser without doubling the
-            batch.
+        scale: strength of guidance. A Python number 1 gives the conditional prediction and calls the denoiser without
+            doubling the batch.
         no_class: the condition of the unconditional prediction: a tree like `condition`, whose leaves broadcast to its
             leaves; for labels an integer.
         interval: first and last time, in the denoiser's units, at which guidance acts (arXiv 2404.07724). At other
@@ -39,7 +39,7 @@ def guided(
     """
     if interval is not None and not interval[0] <= interval[1]:
         raise ValueError(f"interval: expected a smaller and a larger time, got {interval}")
-    if scale == 1:
+    if isinstance(scale, int | float) and scale == 1:
         return lambda x, time: denoiser(x, time, condition)
 
     def guided_denoiser(x: jax.Array, time: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from gspn_jax.runs.classification import ClassifierRun
 from gspn_jax.runs.description import RunDescription, upgraded
 from gspn_jax.runs.generation import GeneratorRun
 from gspn_jax.runs.run import Run, differences, make_evaluate
+from gspn_jax.runs.text_to_image import TextToImageRun
 from gspn_jax.training.checkpoints import Checkpoints, load_both
 from gspn_jax.training.state import Parameters
 from gspn_jax.training.transfer import fit
@@ -26,6 +27,7 @@ __all__ = [
     "GeneratorRun",
     "Run",
     "RunDescription",
+    "TextToImageRun",
     "differences",
     "load_run",
     "make_evaluate",
@@ -33,7 +35,7 @@ __all__ = [
     "start_from",
 ]
 
-RUNS: dict[str, type[Run]] = {run.task_name: run for run in (ClassifierRun, GeneratorRun)}
+RUNS: dict[str, type[Run]] = {run.task_name: run for run in (ClassifierRun, GeneratorRun, TextToImageRun)}
 
 
 def new_run(description: Mapping[str, Any], weights: Mapping[str, Parameters] | None = None, **loaded: Any) -> Run:
@@ -66,11 +68,11 @@ def load_run(
         folder: the workdir.
         step: step of the checkpoint; None takes the newest good one.
         parameters: "ema" for the moving average, or "raw". Without a moving average, "ema" loads "raw".
-        task: "classification" or "generation" refuses a run of another task; None accepts any.
+        task: "classification", "generation" or "text_to_image" refuses a run of another task; None accepts any.
 
     Returns:
-        A `ClassifierRun` (with `predict`) or a `GeneratorRun` (with `sample`); both have `model`, `description`,
-        `class_names`, `step` and `preprocess`.
+        A `ClassifierRun` (with `predict`), a `GeneratorRun` or a `TextToImageRun` (with `sample`); all have `model`,
+        `description`, `step` and `preprocess`.
 
     Raises:
         ValueError: an argument out of range, a run of another task, or parameters that are not finite.

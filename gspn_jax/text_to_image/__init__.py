@@ -1,0 +1,5 @@
+"""Text-to-image models: a pipeline of text towers, UNet, sampler and autoencoder, and where its parts come from."""
+
+from gspn_jax.text_to_image.pipeline import SAMPLERS, TextToImage
+
+__all__ = ["SAMPLERS", "TextToImage"]

@@ -1,0 +1,98 @@
+"""Checks of what a pipeline is called with."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from gspn_jax.models.autoencoder import Autoencoder
+from gspn_jax.text import Tokenizer
+
+
+def prompts(
+    prompt: str | Sequence[str], negative: str | Sequence[str] | None = None
+) -> tuple[list[str], list[str] | None]:
+    """Returns prompts and as many negative prompts, or None for these; ValueError for other numbers or kinds."""
+    texts = _texts("prompt", prompt)
+    if negative is None:
+        return texts, None
+    negatives = _texts("negative_prompt", negative)
+    if len(negatives) not in (1, len(texts)):
+        raise ValueError(f"negative_prompt: expected one text or {len(texts)}, got {len(negatives)}")
+    return texts, negatives * (len(texts) // len(negatives))
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name}: expected a text or several, got {value!r}")
+    return texts
+
+
+def warn_of_cut(texts: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Warns of words that do not fit in the tokens that a model reads."""
+    for text in dict.fromkeys(texts):
+        cut = tokenizer.cut(text)
+        if cut:
+            logging.warning("a prompt has more than %d tokens; these words are cut: %s", tokenizer.length - 2, cut)
+
+
+def images(image: Any, count: int, autoencoder: Autoencoder) -> np.ndarray:
+    """Returns images or latents (count, H, W, 3 or 4) float32; one serves all. ValueError for other shapes."""
+    array = np.asarray(image)
+    array = (array[None] if array.ndim == 3 else array).astype(np.float32)
+    channels = autoencoder.channels
+    if array.ndim != 4 or array.shape[-1] not in (channels, autoencoder.latent_channels):
+        raise ValueError(f"image: expected (H, W, {channels}) or (B, H, W, {channels}), got {np.shape(image)}")
+    if len(array) not in (1, count):
+        raise ValueError(f"image: expected 1 or {count}, as there are images to draw, got {len(array)}")
+    if not np.isfinite(array).all() or (array.shape[-1] == channels and (array.min() < 0 or array.max() > 1)):
+        raise ValueError(f"image: expected numbers from 0 to 1, got {array.min()} to {array.max()}")
+    return np.broadcast_to(array, (count, *array.shape[1:]))
+
+
+def latent_shape(
+    autoencoder: Autoencoder,
+    image: np.ndarray | None,
+    height: int | None,
+    width: int | None,
+    *,
+    default: tuple[int, int],
+) -> tuple[int, int, int]:
+    """Returns the shape (h, w, C) of latents.
+
+    Args:
+        autoencoder: gives factor and channels.
+        image: images or latents to start from, as `images` returns them, or None.
+        height, width: in pixels; None: those of the images, else the default.
+        default: (height, width) in pixels.
+
+    Raises:
+        ValueError: a side that is no multiple of the factor, or another one than that of the images.
+    """
+    factor, own = autoencoder.factor, None
+    if image is not None:
+        scale = 1 if image.shape[-1] == autoencoder.channels else factor
+        own = (image.shape[1] * scale, image.shape[2] * scale)
+    sides = []
+    for axis, (name, asked) in enumerate((("height", height), ("width", width))):
+        side = (own or default)[axis] if asked is None else asked
+        if side < factor or side % factor:
+            raise ValueError(f"{name}: expected a multiple of {factor}, got {side}")
+        if own is not None and side != own[axis]:
+            raise ValueError(f"{name}: expected {own[axis]}, as the image has, got {side}")
+        sides.append(side // factor)
+    return sides[0], sides[1], autoencoder.latent_channels
+
+
+def strength(value: float | None, num_steps: int, *, has_image: bool) -> float | None:
+    """Returns the share of the steps that run, None without an image; ValueError for one out of range."""
+    if not has_image:
+        if value is not None:
+            raise ValueError(f"strength: expected None without an image, got {value}")
+        return None
+    value = 0.8 if value is None else value
+    if not 0 < value <= 1 or int(num_steps * value) < 1:
+        raise ValueError(f"strength: expected at least 1 / {num_steps} and at most 1, got {value}")
+    return value
