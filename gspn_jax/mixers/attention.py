@@ -9,6 +9,20 @@ from flax import nnx
 from gspn_jax.mixers.arguments import check_map, checked_heads
 
 
+def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Returns softmax(query key^T / sqrt(C)) value for each head, (B, N, heads, C), with a softmax of at least float32.
+
+    Args:
+        query: (B, N, heads, C).
+        key, value: (B, M, heads, C).
+    """
+    if query.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(query, key, value)
+    # JAX's takes a float32 softmax of float64 values too.
+    weights = jax.nn.softmax(jnp.einsum("bnhc,bmhc->bhnm", query, key) * query.shape[-1] ** -0.5)
+    return jnp.einsum("bhnm,bmhc->bnhc", weights, value)
+
+
 class SoftmaxAttention(nnx.Module):
     """Multi-head softmax self-attention over all pixels of a map, (B, H, W, C) to (B, H, W, C).
 
@@ -33,7 +47,7 @@ class SoftmaxAttention(nnx.Module):
             num_heads: a divisor of C; None takes the largest divisor that gives each head at least 32 channels.
             use_bias: whether the projections have biases.
             out_bias: whether the last projection has one; None: as the others.
-            dtype: dtype of the computation; the softmax is float32.
+            dtype: dtype of the computation; the softmax is at least float32.
             param_dtype: dtype of the parameters.
             rngs: source of the initial parameters.
 
@@ -54,4 +68,4 @@ class SoftmaxAttention(nnx.Module):
         # (B, H, W, 3 C) to three of (B, H W, heads, C / heads)
         shape = (batch, height * width, 3, self.num_heads, features // self.num_heads)
         query, key, value = jnp.moveaxis(self.qkv(x).reshape(shape), 2, 0)
-        return self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
+        return self.out(dot_product_attention(query, key, value).reshape(x.shape))

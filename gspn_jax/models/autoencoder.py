@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gspn_jax.models.convolutional import ResBlock, conv, doubled, group_norm
+
 # Stable Diffusion's autoencoder: latents times LATENT_SCALE have about unit variance, and networks denoise those.
 # An image's side is LATENT_FACTOR times the latents' side.
 LATENT_SCALE = 0.18215
@@ -18,27 +20,11 @@ LATENT_FACTOR = 8
 _LOG_VARIANCES = -30.0, 20.0  # bounds of the predicted log variances
 
 
-class ResBlock(nnx.Module):
-    """Residual block of two (group norm, SiLU, 3x3 convolution); the shortcut is a 1x1 convolution if widths differ."""
-
-    def __init__(self, inputs: int, outputs: int, *, norm_groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.first_norm = _norm(inputs, norm_groups, dtype=dtype, rngs=rngs)
-        self.first = _conv(inputs, outputs, 3, dtype=dtype, rngs=rngs)
-        self.second_norm = _norm(outputs, norm_groups, dtype=dtype, rngs=rngs)
-        self.second = _conv(outputs, outputs, 3, dtype=dtype, rngs=rngs)
-        self.shortcut = None if inputs == outputs else _conv(inputs, outputs, 1, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.first(jax.nn.silu(self.first_norm(x)))
-        y = self.second(jax.nn.silu(self.second_norm(y)))
-        return y + (x if self.shortcut is None else self.shortcut(x))
-
-
 class AttentionBlock(nnx.Module):
     """Residual block of softmax attention with one head over all pixels of a map."""
 
     def __init__(self, features: int, *, norm_groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.norm = _norm(features, norm_groups, dtype=dtype, rngs=rngs)
+        self.norm = group_norm(features, norm_groups, dtype=dtype, rngs=rngs)
         self.query, self.key, self.value, self.out = (
             nnx.Linear(features, features, dtype=dtype, rngs=rngs) for _ in range(4)
         )
@@ -70,7 +56,9 @@ class Level(nnx.Module):
         self.blocks = nnx.List([ResBlock(*pair, **options) for pair in zip(widths, widths[1:], strict=False)])
         del options["norm_groups"]
         self.is_down = resample == "down"
-        self.resample = None if resample is None else _conv(outputs, outputs, 3, stride=1 + self.is_down, **options)
+        # `__call__` pads the map at the bottom and on the right before a strided convolution.
+        strided: Any = dict(stride=2, padding=0) if self.is_down else {}
+        self.resample = None if resample is None else conv(outputs, outputs, 3, **strided, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for block in self.blocks:
@@ -79,7 +67,7 @@ class Level(nnx.Module):
             return x
         if self.is_down:
             return self.resample(jnp.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
-        return self.resample(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+        return self.resample(doubled(x))
 
 
 class Encoder(nnx.Module):
@@ -88,14 +76,14 @@ class Encoder(nnx.Module):
     def __init__(self, channels: int, widths: Sequence[int], blocks: int, outputs: int, **options: Any):
         plain = {key: value for key, value in options.items() if key != "norm_groups"}
         last = len(widths) - 1
-        self.start = _conv(channels, widths[0], 3, **plain)
+        self.start = conv(channels, widths[0], 3, **plain)
         self.levels = nnx.List([
             Level(before, width, blocks, "down" if n < last else None, **options)
             for n, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         ])  # fmt: skip
         self.middle = Middle(widths[-1], **options)
-        self.norm = _norm(widths[-1], **options)
-        self.end = _conv(widths[-1], outputs, 3, **plain)
+        self.norm = group_norm(widths[-1], **options)
+        self.end = conv(widths[-1], outputs, 3, **plain)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.start(x)
@@ -113,14 +101,14 @@ class Decoder(nnx.Module):
     def __init__(self, inputs: int, widths: Sequence[int], blocks: int, channels: int, **options: Any):
         plain = {key: value for key, value in options.items() if key != "norm_groups"}
         widths, last = widths[::-1], len(widths) - 1
-        self.start = _conv(inputs, widths[0], 3, **plain)
+        self.start = conv(inputs, widths[0], 3, **plain)
         self.middle = Middle(widths[0], **options)
         self.levels = nnx.List([
             Level(before, width, blocks + 1, "up" if n < last else None, **options)
             for n, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         ])  # fmt: skip
-        self.norm = _norm(widths[-1], **options)
-        self.end = _conv(widths[-1], channels, 3, **plain)
+        self.norm = group_norm(widths[-1], **options)
+        self.end = conv(widths[-1], channels, 3, **plain)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.middle(self.start(x))
@@ -170,8 +158,8 @@ class Autoencoder(nnx.Module):
         plain = {key: value for key, value in options.items() if key != "norm_groups"}
         self.factor, self.channels, self.latent_channels = 2 ** (len(widths) - 1), channels, latent_channels
         self.encoder = Encoder(channels, tuple(widths), blocks, 2 * latent_channels, **options)
-        self.to_moments = _conv(2 * latent_channels, 2 * latent_channels, 1, **plain)
-        self.from_latents = _conv(latent_channels, latent_channels, 1, **plain)
+        self.to_moments = conv(2 * latent_channels, 2 * latent_channels, 1, **plain)
+        self.from_latents = conv(latent_channels, latent_channels, 1, **plain)
         self.decoder = Decoder(latent_channels, tuple(widths), blocks, channels, **options)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -205,13 +193,3 @@ class Autoencoder(nnx.Module):
         if latents.ndim != 4 or latents.shape[-1] != self.latent_channels:
             raise ValueError(f"latents: expected shape (B, H, W, {self.latent_channels}), got {latents.shape}")
         return self.decoder(self.from_latents(latents)).astype(jnp.float32)
-
-
-def _norm(features: int, norm_groups: int, **options: Any) -> nnx.GroupNorm:
-    return nnx.GroupNorm(features, norm_groups, epsilon=1e-6, use_fast_variance=False, **options)
-
-
-def _conv(inputs: int, outputs: int, size: int, *, stride: int = 1, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    # Before a strided convolution, `Level` pads the map on the bottom and on the right.
-    padding = 0 if stride > 1 else size // 2
-    return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=padding, dtype=dtype, rngs=rngs)

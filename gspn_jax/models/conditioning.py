@@ -12,10 +12,18 @@ from gspn_jax.models import layers
 FREQUENCIES = 128
 
 
-def timestep_features(timestep: jax.Array) -> jax.Array:
-    """Returns (B, 256) float32 for timesteps (B,), integers or floats: cosines, then sines, of rates 1 down to 1e-4."""
-    rates = jnp.exp(-math.log(10_000) / FREQUENCIES * jnp.arange(FREQUENCIES, dtype=jnp.float32))
-    angles = timestep.astype(jnp.float32)[:, None] * rates[None]
+def timestep_features(
+    timestep: jax.Array, frequencies: int = FREQUENCIES, *, dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
+    """Returns (B, 2 frequencies) in `dtype`: cosines, then sines, of timesteps times rates from 1 down to about 1e-4.
+
+    Args:
+        timestep: (B,) integers or floats.
+        frequencies: number of rates; rate i is 10000 ** -(i / frequencies).
+        dtype: of the result and all steps to it.
+    """
+    rates = jnp.exp(-math.log(10_000) / frequencies * jnp.arange(frequencies, dtype=dtype))
+    angles = timestep.astype(dtype)[:, None] * rates[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
