@@ -90,4 +90,5 @@ class LinFusionAttention(nnx.Module):
         summary = (product("bthd,bthe->bhde", key, value) / shape[1]).astype(self.dtype)
         mean = jnp.mean(key, axis=1, dtype=wide).astype(self.dtype)
         total = product("bthd,bhd->bth", query, mean)[..., None] + EPSILON
-        return self.out((product("bthd,bhde->bthe", query, summary) / total).astype(self.dtype).reshape(x.shape))
+        mixed = jnp.einsum("bthd,bhde->bthe", query, summary).astype(wide) / total
+        return self.out(mixed.astype(self.dtype).reshape(x.shape))

@@ -4,6 +4,8 @@ Both are compiled in a form that is fast without a kernel of its own: see `selec
 length is no multiple of the chunk, tokens with step 0 are added, which leave the state as it is.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -45,8 +47,9 @@ def selective_scan(
 
         h_t = exp(-step_t rate) h_{t-1} + step_t write_t u_t,    y_t = read_t . h_t
 
-    Chunks run one after another; within a chunk `jax.lax.associative_scan` runs all tokens at once. The backward pass
-    keeps the states between chunks and computes those inside again.
+    Chunks run one after another. Within a chunk, `jax.lax.associative_scan` runs all tokens at once; on a CPU, which
+    would only have more work by that, one runs after another. The backward pass keeps the states between chunks and
+    computes those inside again.
 
     Args:
         u: (B, L, C).
@@ -58,26 +61,53 @@ def selective_scan(
     Returns:
         y, (B, L, C) float32; float64 where u is.
     """
-    dtype = state_dtype(u)
-    rate, length = rate.astype(dtype), u.shape[1]
-
-    def combine(one: tuple, two: tuple) -> tuple[jax.Array, jax.Array]:
-        return one[0] * two[0], two[0] * one[1] + two[1]
-
-    @jax.checkpoint
-    def advance(state: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
-        u, step, write, read = (array.astype(dtype) for array in inputs)
-        decay = jnp.exp(-step[..., None] * rate[None, None])  # (chunk, B, C, N)
-        added = (step * u)[..., None] * write[:, :, None]
-        decay, states = jax.lax.associative_scan(combine, (decay, added))
-        states += decay * state[None]
-        return states[-1], jnp.einsum("lbcn,lbn->lbc", states, read)
-
+    dtype, length = state_dtype(u), u.shape[1]
     chunk = min(SELECTIVE_CHUNK if chunk is None else chunk, length)
-    inputs = tuple(_chunks(array.swapaxes(0, 1), 0, chunk) for array in (u, step, write, read))
-    start = jnp.zeros_like(u, dtype, shape=(u.shape[0], *rate.shape))
-    _, y = jax.lax.scan(advance, start, inputs)
+    # (B, L, ...) to (L / chunk, chunk, B, ...)
+    inputs = tuple(_chunks(array.astype(dtype).swapaxes(0, 1), 0, chunk) for array in (u, step, write, read))
+    rate = rate.astype(dtype)
+    start = jnp.zeros((u.shape[0], *rate.shape), dtype)
+    _, y = jax.lax.scan(lambda state, of_chunk: _advance(state, rate, *of_chunk), start, inputs)
     return y.reshape(-1, *y.shape[2:])[:length].swapaxes(0, 1)
+
+
+@jax.custom_vjp
+def _advance(state, rate, u, step, write, read):
+    """The state (B, C, N) after a chunk, and y (chunk, B, C), from the state before it."""
+    arrays = state, rate, u, step, write, read
+    return jax.lax.platform_dependent(*arrays, cpu=_one_by_one, default=_at_once)
+
+
+def _advance_backward(arrays, grads):
+    def pulled(function, *arrays_and_grads):
+        return jax.vjp(function, *arrays_and_grads[:-2])[1](arrays_and_grads[-2:])
+
+    forms = dict(cpu=functools.partial(pulled, _one_by_one), default=functools.partial(pulled, _at_once))
+    return jax.lax.platform_dependent(*arrays, *grads, **forms)
+
+
+_advance.defvjp(lambda *arrays: (_advance(*arrays), arrays), _advance_backward)
+
+
+def _one_by_one(state, rate, *inputs):
+    def advance(state, of_token):
+        u, step, write, read = of_token
+        state = jnp.exp(-step[..., None] * rate[None]) * state + (step * u)[..., None] * write[:, None]
+        return state, jnp.einsum("bcn,bn->bc", state, read)
+
+    return jax.lax.scan(advance, state, inputs)
+
+
+def _at_once(state, rate, u, step, write, read):
+    decay = jnp.exp(-step[..., None] * rate[None, None])  # (chunk, B, C, N)
+    decay, states = jax.lax.associative_scan(_in_turn, (decay, (step * u)[..., None] * write[:, :, None]))
+    states += decay * state[None]
+    return states[-1], jnp.einsum("lbcn,lbn->lbc", states, read)
+
+
+def _in_turn(one: tuple, two: tuple) -> tuple[jax.Array, jax.Array]:
+    """The step h -> decay h + added that does step `one`, then step `two`; each is (decay, added)."""
+    return one[0] * two[0], two[0] * one[1] + two[1]
 
 
 def _chunks(array: jax.Array, axis: int, chunk: int) -> jax.Array:
@@ -113,10 +143,7 @@ def _grouped(u, step, rate, write, read):
     adds = product("bkshp,bkshn->bkhpn", u * to_end[..., None].astype(u.dtype), of_heads(write))
     keeps = jnp.exp(total[:, :, -1])[..., None, None]
 
-    def combine(one: tuple, two: tuple) -> tuple[jax.Array, jax.Array]:
-        return one[0] * two[0], two[0] * one[1] + two[1]
-
-    _, ends = jax.lax.associative_scan(combine, (keeps, adds), axis=1)
+    _, ends = jax.lax.associative_scan(_in_turn, (keeps, adds), axis=1)
     starts = jnp.pad(ends[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])
     return y + product("bkqhn,bkhpn->bkqhp", of_heads(read), starts) * jnp.exp(total)[..., None]
 

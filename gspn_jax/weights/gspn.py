@@ -1,7 +1,6 @@
 """Parameters of the networks that the authors of GSPN released: from their names to ours, and back for classifiers."""
 
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,31 +16,31 @@ from gspn_jax.weights.torch_layouts import (
     Row,
     block_count,
     denoiser_sizes,
+    exported,
     filled,
     shape_of,
-    to_theirs,
     unwrapped,
 )
 
 # One row for each parameter of a mixer or block: our path in it, their name in it, and how theirs is laid out.
-_MIXER = [
-    ("proxy/kernel", "x_conv_down.weight", "linear"),
+GSPN_MIXER = [
+    ("proxy/kernel", "x_conv_down.weight", "pointwise"),
     ("logits/kernel", "w_conv_up.weight", "logits"),
-    ("lam/kernel", "l_conv_up.weight", "linear"),
-    ("gate/kernel", "u_conv_up.weight", "linear"),
-    ("skip/kernel", "d_conv.weight", "linear"),
-    ("merge", "m_conv.weight", "vector"),
+    ("lam/kernel", "l_conv_up.weight", "pointwise"),
+    ("gate/kernel", "u_conv_up.weight", "pointwise"),
+    ("skip/kernel", "d_conv.weight", "pointwise"),
+    ("merge", "m_conv.weight", "map_vector"),
 ]
 _CLASSIFIER_BLOCK = [
     ("norm/scale", "norm.weight", "vector"),
     ("norm/bias", "norm.bias", "vector"),
     ("widen/kernel", "op.in_proj.weight", "linear"),
     ("depthwise/kernel", "op.conv2d.weight", "conv"),
-    *((f"mixer/{ours}", f"op.{theirs}", layout) for ours, theirs, layout in _MIXER),
+    *((f"mixer/{ours}", f"op.{theirs}", layout) for ours, theirs, layout in GSPN_MIXER),
     ("mixer_norm/scale", "op.out_norm.weight", "vector"),
     ("mixer_norm/bias", "op.out_norm.bias", "vector"),
-    ("response_norm/scale", "op.grn.gamma", "vector"),
-    ("response_norm/bias", "op.grn.beta", "vector"),
+    ("response_norm/scale", "op.grn.gamma", "map_vector"),
+    ("response_norm/bias", "op.grn.beta", "map_vector"),
     ("narrow/kernel", "op.out_proj.weight", "linear"),
     ("mlp_norm/scale", "norm2.weight", "vector"),
     ("mlp_norm/bias", "norm2.bias", "vector"),
@@ -56,7 +55,7 @@ _GENERATOR_BLOCK = [
     ("project/kernel", "in_proj.weight", "linear"),
     ("depthwise/kernel", "conv2d.weight", "conv"),
     ("depthwise/bias", "conv2d.bias", "vector"),
-    *((f"mixer/{ours}", theirs, layout) for ours, theirs, layout in _MIXER),
+    *((f"mixer/{ours}", theirs, layout) for ours, theirs, layout in GSPN_MIXER),
     ("forward_in/kernel", "out_conv.weight", "linear"),
     ("forward_depthwise/kernel", "out_dconv.weight", "conv"),
     ("forward_out/kernel", "out_proj.weight", "linear"),
@@ -70,9 +69,6 @@ _GENERATOR_ENDS = [
     ("norm/scale", "norm_f.weight", "vector"),
     ("norm/bias", "norm_f.bias", "vector"),
 ]
-# Theirs are 4-D where a 1x1 convolution or a GRN holds them; the way back makes them so again.
-_POINTWISE = re.compile(r"(x_conv_down|w_conv_up|l_conv_up|u_conv_up|d_conv|m_conv)\.weight$")
-_MAP_VECTOR = re.compile(r"grn\.(gamma|beta)$")
 
 
 def nvlabs_classifier(
@@ -112,18 +108,10 @@ def nvlabs_classifier(
 def nvlabs_classifier_arrays(model: Classifier) -> dict[str, np.ndarray]:
     """The parameters of a classifier with stem stride 4 and GSPN mixers under the authors' names and shapes."""
     state = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    arrays = {}
-    for path, name, layout in _classifier_rows([len(stage) for stage in model.stages]):
-        array = to_theirs(np.asarray(state[path][...]), layout)
-        if _POINTWISE.search(name):
-            array = array.reshape(1, 4, 1, 1) if "m_conv" in name else array[..., None, None]
-        elif _MAP_VECTOR.search(name):
-            array = array.reshape(1, -1, 1, 1)
-        arrays[name] = np.ascontiguousarray(array)  # safetensors writes the memory of an array, not its elements
-    return arrays
+    return exported(state, _classifier_rows([len(stage) for stage in model.stages]))
 
 
-def _classifier_rows(depths: Sequence[int]) -> Iterator[tuple[tuple, str, str]]:
+def _classifier_rows(depths: Sequence[int]) -> Iterator[Row]:
     """Our path, their name and its layout, of every parameter."""
 
     def pair(ours, theirs, kind="conv"):

@@ -1,15 +1,25 @@
 """Puts parameters of PyTorch programs into our modules: names, layouts and checks that the networks share."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-# Path of a parameter in our module; its name in their program, or the names of all that a stack holds; its layout.
-Row = tuple[tuple, str | Sequence[str], str]
+
+class Joined(tuple[str, ...]):
+    """Names of tensors that are joined along their first axis."""
+
+
+# Path of a parameter in our module; its name in their program (several, `Joined`), or those of all that a stack holds;
+# its layout.
+Row = tuple[tuple, str | Joined | Sequence[str | Joined], str]
+
+# More faults than these are of another network: the first tell enough.
+_MOST_FAULTS = 20
 
 # Both ends of a denoiser of latents, as the programs of DiT and of GSPN's generators name them.
 DENOISER_ENDS = [
@@ -44,15 +54,21 @@ def innermost(arrays: Mapping[Any, Any]) -> Mapping[Any, Any]:
 def unwrapped(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a checkpoint by their bare names: without "module."."""
     arrays = innermost(arrays)
-    if any(name.startswith("param/") for name in arrays):  # a file that holds inputs and outputs too
-        arrays = {name.removeprefix("param/"): a for name, a in arrays.items() if name.startswith("param/")}
-    return {name.removeprefix("module."): array for name, array in arrays.items()}
+    return {bare: arrays[name] for bare, name in bare_names(arrays).items()}
+
+
+def bare_names(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Bare names of the parameters to their names in the mapping; no array is read."""
+    names = list(arrays)
+    if any(name.startswith("param/") for name in names):  # a file that holds inputs and outputs too
+        names = [name for name in names if name.startswith("param/")]
+    return {name.removeprefix("param/").removeprefix("module."): name for name in names}
 
 
 def filled[Model: nnx.Module](
     build: Callable[..., Model], rows: Iterable[Row], arrays: Mapping[str, Any], *, kind: str
 ) -> Model:
-    """A module with parameters.
+    """A module with parameters: `fill` for a module that is not built yet.
 
     Args:
         build: called as build(rngs=...), gives the module.
@@ -61,45 +77,139 @@ def filled[Model: nnx.Module](
         kind: of network, for the message.
 
     Raises:
-        ValueError: names the parameter that is missing, is left over, has a shape or dtype that does not fit, or holds
-            NaN or Inf.
+        ValueError: as `fill`.
     """
     rows = list(rows)
-    named = [name for _, names, _ in rows for name in ([names] if isinstance(names, str) else names)]
-    for name in named:  # before the module is built, which takes long where a name claims a huge number of blocks
-        if name not in arrays:
-            raise ValueError(f"arrays: expected a parameter {name}, which is missing")
-    left = sorted(set(arrays) - set(named))
-    if left:
-        raise ValueError(f"arrays: expected the parameters of a {kind}, got {len(left)} more: {', '.join(left[:5])}")
-    graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    faults = _name_faults(rows, arrays, kind)
+    if len(faults) > _MOST_FAULTS:  # building takes long where a name claims a huge number of blocks
+        raise ValueError(_told(faults))
+    return fill(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))), rows, arrays, kind=kind)
+
+
+def fill[Model: nnx.Module](model: Model, rows: Iterable[Row], arrays: Mapping[str, Any], *, kind: str) -> Model:
+    """A module with parameters, which are read and converted one after another.
+
+    Args:
+        model: the abstract module, of `nnx.eval_shape`.
+        rows: one for each parameter. A parameter without a row stays a `jax.ShapeDtypeStruct`.
+        arrays: bare names to arrays. Instead of an array, a `jax.ShapeDtypeStruct` is checked, and the parameter stays
+            one.
+        kind: of network, for the message.
+
+    Raises:
+        ValueError: names all parameters that are missing, are left over, have a shape or dtype that does not fit, or
+            hold NaN or Inf; the first 20 of them.
+    """
+    rows = list(rows)
+    faults = _name_faults(rows, arrays, kind)
+    graph, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     for path, names, layout in rows:
-        variable = flat[path]
-        shape, dtype = variable.shape, variable.dtype
-        if isinstance(names, str):
-            value = _fitting(arrays, names, layout, shape, dtype)
-        else:
-            value = np.stack([_fitting(arrays, name, layout, shape[1:], dtype) for name in names])
-        flat[path] = variable.replace(jnp.asarray(value))
+        variable, slices = flat[path], _slices(names)
+        is_stack = not isinstance(names, str | Joined)
+        shape = variable.shape[1:] if is_stack else variable.shape
+        values = []
+        for each in slices:
+            try:
+                values += [_fitting(arrays, each, layout, shape, variable.dtype)] if _has(arrays, each) else []
+            except ValueError as error:
+                faults.append(str(error))
+        if len(values) == len(slices) and all(value is not None for value in values):
+            flat[path] = variable.replace(jnp.asarray(np.stack(values) if is_stack else values[0]))
+    if faults:
+        raise ValueError(_told(faults))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def _fitting(arrays: Mapping[str, Any], name: str, layout: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    value = np.asarray(arrays[name])
-    if not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype.itemsize < 2:
-        raise ValueError(f"arrays: expected real numbers of 16 bits or more in {name}, got {value.dtype}")
-    if value.ndim == 0 or (layout in ("conv", "patch") and value.ndim != 4):
-        axes = "4 axes" if value.ndim else "axes"
-        raise ValueError(f"arrays: expected {name} to have {axes}, got shape {value.shape}")
-    value = to_ours(value, layout)
+def _name_faults(rows: Iterable[Row], arrays: Mapping[str, Any], kind: str) -> list[str]:
+    """What is missing and what is left over."""
+    named = named_tensors(rows)
+    faults = [f"expected a parameter {name}, which is missing" for name in named if name not in arrays]
+    left = sorted(set(arrays) - set(named))
+    if left:
+        faults.append(f"expected the parameters of a {kind}, got {len(left)} more: {', '.join(left[:5])}")
+    return faults
+
+
+def named_tensors(rows: Iterable[Row]) -> dict[str, None]:
+    """Names of all tensors of some rows, in their order."""
+    return dict.fromkeys(name for _, names, _ in rows for each in _slices(names) for name in each)
+
+
+def _has(arrays: Mapping[str, Any], names: Iterable[str]) -> bool:
+    return all(name in arrays for name in names)
+
+
+def _slices(names: str | Joined | Sequence[str | Joined]) -> list[tuple[str, ...]]:
+    """The tensors of each slice of a stack, or of the one that is no stack."""
+    listed = [names] if isinstance(names, str | Joined) else names
+    return [(each,) if isinstance(each, str) else each for each in listed]
+
+
+def _told(faults: Sequence[str]) -> str:
+    if len(faults) == 1:
+        return f"arrays: {faults[0]}"
+    more = [f"and {len(faults) - _MOST_FAULTS} more"] if len(faults) > _MOST_FAULTS else []
+    return f"arrays: {len(faults)} faults: {'; '.join([*faults[:_MOST_FAULTS], *more])}"
+
+
+def _fitting(
+    arrays: Mapping[str, Any], names: Sequence[str], layout: str, shape: tuple[int, ...], dtype: Any
+) -> np.ndarray | None:
+    """Tensors, joined, as a parameter of ours; None for what has a shape and a dtype only. ValueError without start."""
+    parts, is_abstract = [], False
+    for name in names:
+        value = arrays[name]
+        if isinstance(value, jax.ShapeDtypeStruct):
+            is_abstract, value = True, np.broadcast_to(np.zeros((), value.dtype), value.shape)
+        value = np.asarray(value)
+        if not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype.itemsize < 2:
+            raise ValueError(f"expected real numbers of 16 bits or more in {name}, got {value.dtype}")
+        if value.ndim == 0 or (layout in ("conv", "patch") and value.ndim != 4):
+            axes = "4 axes" if value.ndim else "axes"
+            raise ValueError(f"expected {name} to have {axes}, got shape {value.shape}")
+        parts.append(value)
+    name = " with ".join(names)
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise ValueError(f"expected {name} to have rows of one length, got {[part.shape for part in parts]}")
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    expected = f"expected {name} to give a parameter of shape {shape}"
+    try:
+        value = to_ours(joined, layout)
+    except ValueError as error:  # an axis that the layout cannot split
+        raise ValueError(f"{expected}, got a tensor of shape {joined.shape}") from error
     if value.shape != shape:
-        raise ValueError(f"arrays: expected {name} to give a parameter of shape {shape}, got {value.shape}")
+        raise ValueError(f"{expected}, got {value.shape}")
+    if is_abstract:
+        return None
     with np.errstate(over="ignore"):
         value = value.astype(dtype)
     if not np.isfinite(value).all():
-        raise ValueError(f"arrays: expected finite numbers in {name}, got NaN or Inf")
+        raise ValueError(f"expected finite numbers in {name}, got NaN or Inf")
     return value
+
+
+def conv_rows(ours: tuple, theirs: str) -> Iterator[Row]:
+    """The rows of a convolution with bias."""
+    yield (*ours, "kernel"), f"{theirs}.weight", "conv"
+    yield (*ours, "bias"), f"{theirs}.bias", "vector"
+
+
+def norm_rows(ours: tuple, theirs: str | Sequence[str]) -> Iterator[Row]:
+    """The rows of a norm, or of a stack of norms."""
+    yield (*ours, "scale"), _suffixed(theirs, ".weight"), "vector"
+    yield (*ours, "bias"), _suffixed(theirs, ".bias"), "vector"
+
+
+def linear_rows(ours: tuple, theirs: str | Sequence[str], *, use_bias: bool = True) -> Iterator[Row]:
+    """The rows of a linear layer or a 1x1 convolution, or of a stack of linear layers."""
+    yield (*ours, "kernel"), _suffixed(theirs, ".weight"), "linear"
+    if use_bias:
+        yield (*ours, "bias"), _suffixed(theirs, ".bias"), "vector"
+
+
+def _suffixed(names: str | Sequence[str], suffix: str) -> str | list[str]:
+    return names + suffix if isinstance(names, str) else [name + suffix for name in names]
 
 
 def shape_of(arrays: Mapping[str, Any], name: str, *, axes: int | None = None) -> tuple[int, ...]:
@@ -154,26 +264,61 @@ def denoiser_sizes(arrays: Mapping[str, Any], *, blocks: str) -> dict[str, Any]:
 
 
 def to_ours(array: np.ndarray, layout: str) -> np.ndarray:
-    """An array of theirs as ours: "vector", "table", "conv", "patch", "linear", or "logits" of a GSPN module."""
-    if layout == "vector":
+    """An array of theirs as ours.
+
+    | layout | theirs | ours |
+    |---|---|---|
+    | vector | (n,), or with axes of length 1 | (n,) |
+    | table | any | the same |
+    | conv | (out, in, row, column) | (row, column, in, out) |
+    | patch | (out, in, row, column) | (row * column * in, out) |
+    | linear | (out, in), or with axes of length 1 | (in, out) |
+    | pointwise | (out, in, 1, 1) | (in, out) |
+    | taps | (n, 1, taps) | (taps, n) |
+    | logits | (slot * direction * channel, in, 1, 1) | (in, direction * slot * channel) |
+    | map_vector | (1, n, 1, 1) | (n,) |
+    """
+    if layout in ("vector", "map_vector"):
         return array.reshape(-1)
     if layout == "table":
         return array
-    if layout in ("conv", "patch"):  # (out, in, row, column)
+    if layout in ("conv", "patch"):
         array = array.transpose(2, 3, 1, 0)
         return array if layout == "conv" else array.reshape(-1, array.shape[-1])
-    array = array.reshape(array.shape[0], -1).T  # (in, out)
-    if layout == "logits":  # theirs count (slot, direction, channel), ours (direction, slot, channel)
+    array = array.reshape(array.shape[0], -1).T
+    if layout == "logits":
         array = array.reshape(array.shape[0], 3, 4, -1).swapaxes(1, 2).reshape(array.shape)
     return array
 
 
 def to_theirs(array: np.ndarray, layout: str) -> np.ndarray:
-    """The way back, for "vector", "conv", "linear" and "logits"."""
-    if layout == "vector":
+    """The way back of `to_ours`, for all layouts but "patch"."""
+    if layout in ("vector", "table"):
         return array
+    if layout == "map_vector":
+        return array.reshape(1, -1, 1, 1)
     if layout == "conv":
         return array.transpose(3, 2, 0, 1)
     if layout == "logits":
         array = array.reshape(array.shape[0], 4, 3, -1).swapaxes(1, 2).reshape(array.shape)
-    return array.T
+    array = array.T
+    if layout == "taps":
+        return array[:, None]
+    return array[..., None, None] if layout in ("pointwise", "logits") else array
+
+
+def exported(state: Mapping[tuple, Any], rows: Iterable[Row]) -> dict[str, np.ndarray]:
+    """Parameters under their names and in their layouts: the way back of `filled`.
+
+    Args:
+        state: path to variable, as `flax.nnx.to_flat_state` gives it.
+        rows: as those of `filled`.
+    """
+    arrays = {}
+    for path, names, layout in rows:
+        value = np.asarray(state[path][...])
+        named = {names: value} if isinstance(names, str) else dict(zip(names, value, strict=True))
+        for name, array in named.items():
+            # safetensors writes the memory of an array, not its elements
+            arrays[name] = np.ascontiguousarray(to_theirs(array, layout))
+    return arrays

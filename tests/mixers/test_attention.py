@@ -27,6 +27,15 @@ def test_default_heads_divide_the_features(features, heads):
     assert mixer.num_heads == heads
 
 
+@pytest.mark.parametrize("options,biases", [
+    ({}, (False, False)), (dict(use_bias=True), (True, True)), (dict(out_bias=True), (False, True)),
+    (dict(use_bias=True, out_bias=False), (True, False)),
+])  # fmt: skip
+def test_biases(options, biases):
+    mixer = nnx.eval_shape(lambda: SoftmaxAttention(8, rngs=nnx.Rngs(0), **options))
+    assert tuple(layer.bias is not None for layer in (mixer.qkv, mixer.out)) == biases
+
+
 def test_bad_heads():
     with pytest.raises(ValueError, match="num_heads: expected a divisor of features = 8, got 3"):
         SoftmaxAttention(8, num_heads=3, rngs=nnx.Rngs(0))

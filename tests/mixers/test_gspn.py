@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,23 +18,30 @@ def numpy_mixer(mixer, x):
     def kernel(layer):
         return np.asarray(layer.kernel[...], np.float64)
 
-    proxy = x @ kernel(mixer.proxy)
+    plain = keys = queries = x
+    if mixer.query is not None:
+        keys, queries, x = (x + x @ kernel(layer) for layer in (mixer.key, mixer.query, mixer.value))
+    plain, keys, queries = (array @ kernel(mixer.proxy) for array in (plain, keys, queries))
     if mixer.reduce is not None:
         x = x @ kernel(mixer.reduce)
-    logits = (proxy @ kernel(mixer.logits)).reshape(*x.shape[:3], 4, 3, mixer.weight_channels)
+    logits = (plain @ kernel(mixer.logits)).reshape(*x.shape[:3], 4, 3, mixer.weight_channels)
     lam, gate, skip = (
-        (proxy @ kernel(layer)).reshape(*x.shape[:3], 4, x.shape[-1]) for layer in (mixer.lam, mixer.gate, mixer.skip)
+        (proxy @ kernel(layer)).reshape(*x.shape[:3], 4, x.shape[-1])
+        for proxy, layer in ((keys, mixer.lam), (queries, mixer.gate), (plain, mixer.skip))
     )
     maps = (x, logits, lam, gate, skip, np.asarray(mixer.merge[...], np.float64))
     propagate = numpy_scan.propagate if mixer.alignment == "aligned" else numpy_scan.propagate_unturned
     y = propagate(*maps, mixer.chunk)
-    return y if mixer.expand is None else y @ kernel(mixer.expand)
+    y = y if mixer.expand is None else y @ kernel(mixer.expand)
+    return y if mixer.out is None else y @ kernel(mixer.out) + np.asarray(mixer.out.bias[...])
 
 
 @pytest.mark.parametrize("features,options", [
     (5, dict(chunk=2)), (6, dict(propagation_channels=3, weight_channels=1)), (6, dict(alignment="unturned")),
+    (6, dict(query_key_value=True, out_projection=True, propagation_channels=4, weight_channels=2, chunk=4)),
     *(pytest.param(features, options, marks=pytest.mark.full) for features, options in [
         (8, {}), (12, {}), (6, dict(weight_channels=1)), (12, dict(weight_channels=4)),
+        (6, dict(query_key_value=True, alignment="unturned")),
         (10, dict(weight_channels=2, chunk=3)), (4, dict(propagation_channels=16)),
     ]),
 ])  # fmt: skip
@@ -92,9 +101,10 @@ def test_bad_arguments(options, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def loss_of(**options):
+def loss_of(**options: Any):
     """Returns a small mixer's loss as a function of its parameters and a map, and these two arguments."""
-    mixer = GSPNMixer(6, proxy_rank=3, propagation_channels=4, weight_channels=2, rngs=nnx.Rngs(0), **options)
+    options |= dict(propagation_channels=4, weight_channels=2, query_key_value=True, out_projection=True)
+    mixer = GSPNMixer(6, proxy_rank=3, rngs=nnx.Rngs(0), **options)
     graph, params = nnx.split(mixer)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 4, 3, 6)), jnp.float32)
     return lambda params, x: jnp.sum(jnp.sin(nnx.merge(graph, params)(x))), params, x
@@ -102,7 +112,7 @@ def loss_of(**options):
 
 def test_every_parameter_gets_a_gradient():
     loss, params, x = loss_of()
-    gradients = jax.grad(loss)(params, x)
+    gradients = jax.jit(jax.grad(loss))(params, x)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients))
 
 
