@@ -2,13 +2,22 @@
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from gspn_jax.models.autoencoder import Autoencoder
-from gspn_jax.weights.torch_layouts import Row, block_count, filled, shape_of, unwrapped
+from gspn_jax.weights.torch_layouts import (
+    Row,
+    block_count,
+    conv_rows,
+    filled,
+    linear_rows,
+    norm_rows,
+    shape_of,
+    unwrapped,
+)
 
 # Names of attention before diffusers 0.17, which published files hold.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -35,7 +44,7 @@ def diffusers_autoencoder(
     }
     sizes = _sizes(arrays)
     build = functools.partial(Autoencoder, **sizes, norm_groups=norm_groups, dtype=dtype)
-    return filled(build, _rows(arrays, len(sizes["widths"]), sizes["blocks"]), arrays, kind="AutoencoderKL")
+    return filled(build, _rows(sizes["widths"], sizes["blocks"]), arrays, kind="AutoencoderKL")
 
 
 def _sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,38 +59,33 @@ def _sizes(arrays: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _rows(arrays: Mapping[str, Any], levels: int, blocks: int) -> Iterator[Row]:
-    def conv(ours: tuple, theirs: str) -> Iterator[Row]:
-        yield (*ours, "kernel"), f"{theirs}.weight", "conv"
-        yield (*ours, "bias"), f"{theirs}.bias", "vector"
+def res_block_rows(ours: tuple, theirs: str, *, has_shortcut: bool) -> Iterator[Row]:
+    """The rows of a residual block without its condition."""
+    for name, number in (("first", 1), ("second", 2)):
+        yield from norm_rows((*ours, f"{name}_norm"), f"{theirs}.norm{number}")
+        yield from conv_rows((*ours, name), f"{theirs}.conv{number}")
+    if has_shortcut:
+        yield from conv_rows((*ours, "shortcut"), f"{theirs}.conv_shortcut")
 
-    def norm(ours: tuple, theirs: str) -> Iterator[Row]:
-        yield (*ours, "scale"), f"{theirs}.weight", "vector"
-        yield (*ours, "bias"), f"{theirs}.bias", "vector"
 
-    def res_block(ours: tuple, theirs: str) -> Iterator[Row]:
-        for name, number in (("first", 1), ("second", 2)):
-            yield from norm((*ours, f"{name}_norm"), f"{theirs}.norm{number}")
-            yield from conv((*ours, name), f"{theirs}.conv{number}")
-        if f"{theirs}.conv_shortcut.weight" in arrays:
-            yield from conv((*ours, "shortcut"), f"{theirs}.conv_shortcut")
-
+def _rows(widths: Sequence[int], blocks: int) -> Iterator[Row]:
     for part, side, count in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
-        yield from conv((part, "start"), f"{part}.conv_in")
-        for level in range(levels):
+        yield from conv_rows((part, "start"), f"{part}.conv_in")
+        ordered = widths if part == "encoder" else widths[::-1]
+        for level, (before, width) in enumerate(zip([ordered[0], *ordered], ordered, strict=False)):
             theirs = f"{part}.{side}_blocks.{level}"
             for block in range(count):
-                yield from res_block((part, "levels", level, "blocks", block), f"{theirs}.resnets.{block}")
-            if level < levels - 1:
-                yield from conv((part, "levels", level, "resample"), f"{theirs}.{side}samplers.0.conv")
+                ours, has_shortcut = (part, "levels", level, "blocks", block), block == 0 and before != width
+                yield from res_block_rows(ours, f"{theirs}.resnets.{block}", has_shortcut=has_shortcut)
+            if level < len(widths) - 1:
+                yield from conv_rows((part, "levels", level, "resample"), f"{theirs}.{side}samplers.0.conv")
         middle = f"{part}.mid_block"
-        yield from res_block((part, "middle", "first"), f"{middle}.resnets.0")
-        yield from res_block((part, "middle", "second"), f"{middle}.resnets.1")
-        yield from norm((part, "middle", "attention", "norm"), f"{middle}.attentions.0.group_norm")
+        for ours, block in (("first", 0), ("second", 1)):
+            yield from res_block_rows((part, "middle", ours), f"{middle}.resnets.{block}", has_shortcut=False)
+        yield from norm_rows((part, "middle", "attention", "norm"), f"{middle}.attentions.0.group_norm")
         for ours, theirs in _ATTENTION:
-            yield (part, "middle", "attention", ours, "kernel"), f"{middle}.attentions.0.{theirs}.weight", "linear"
-            yield (part, "middle", "attention", ours, "bias"), f"{middle}.attentions.0.{theirs}.bias", "vector"
-        yield from norm((part, "norm"), f"{part}.conv_norm_out")
-        yield from conv((part, "end"), f"{part}.conv_out")
-    yield from conv(("to_moments",), "quant_conv")
-    yield from conv(("from_latents",), "post_quant_conv")
+            yield from linear_rows((part, "middle", "attention", ours), f"{middle}.attentions.0.{theirs}")
+        yield from norm_rows((part, "norm"), f"{part}.conv_norm_out")
+        yield from conv_rows((part, "end"), f"{part}.conv_out")
+    yield from conv_rows(("to_moments",), "quant_conv")
+    yield from conv_rows(("from_latents",), "post_quant_conv")

@@ -22,7 +22,7 @@ def tiny(mixer="attention", mixer_options=None, **options):
     return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), state))
 
 
-def inputs(height, width, dtype=np.float32, *, is_sdxl=False):
+def inputs(height, width, dtype: Any = np.float32, *, is_sdxl=False) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     shapes: dict[str, tuple[int, ...]] = dict(latents=(2, height, width, 4), context=(2, 3, 6))
     shapes |= dict(text_embeds=(2, 5), time_ids=(2, 6)) if is_sdxl else {}
@@ -156,14 +156,15 @@ def test_bad_arguments_are_refused(options, words):
 
 def test_bad_inputs_are_refused():
     unet, given = tiny(**SDXL_LIKE), inputs(4, 4, is_sdxl=True)
-    for name, array, words in (
+    cases: list[tuple[str, Any, str]] = [
         ("latents", jnp.zeros((2, 4, 4, 3)), r"latents: expected shape \(B, H, W, 4\), got \(2, 4, 4, 3\)"),
         ("latents", jnp.zeros((2, 0, 4, 4)), "latents: expected shape"),
         ("timestep", jnp.zeros(()), r"timestep: expected shape \(2,\)"),
         ("context", jnp.zeros((2, 3, 5)), r"context: expected shape \(2, T, 6\), got \(2, 3, 5\)"),
         ("text_embeds", None, r"text_embeds: expected shape \(2, 5\), got None"),
         ("time_ids", jnp.zeros((2, 5)), r"time_ids: expected shape \(2, 6\), got \(2, 5\)"),
-    ):
+    ]
+    for name, array, words in cases:
         with pytest.raises(ValueError, match=words):
             unet(**(given | {name: array}))
     with pytest.raises(ValueError, match="text_embeds: expected none, since the network takes none, got"):
