@@ -1,4 +1,4 @@
-"""Device time, bandwidth and memory of whole token mixers: GSPN by each variant of its kernels, and attention.
+"""Device time, bandwidth and memory of whole token mixers: GSPN by each variant of its kernels, attention, the Mambas.
 
     python -m experiments.benchmarks.mixers --output=mixers.csv --budget_s=1500
     python -m experiments.benchmarks.mixers --output=mixers.csv --shapes=sdxl --candidates=gspn,flash_attention
@@ -9,8 +9,10 @@ timed. Without a GPU, or with --dry, the same program runs on tiny maps with int
 and writes no device time.
 
 In the CSV, `gspn` takes the variant that the mixer chooses by itself, `fused` and the others force one, and `xla` is
-GSPN without kernels. GB/s count the bytes that a mixer must move (`MixerCase.bytes_moved`), share is the share of the
-fastest copy on the card. compiled_mib: arguments, results and temporaries of the compiled program.
+GSPN without kernels. The Mambas have the sizes that they take by default and scan in both directions; the note of a row
+says in which form (`gspn_jax.mixers.state_space`). GB/s count the bytes that a mixer must move
+(`MixerCase.bytes_moved`), share is the share of the fastest copy on the card. compiled_mib: arguments, results and
+temporaries of the compiled program.
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ from experiments.benchmarks.gate import Verdict
 from experiments.benchmarks.measurement import FIGURES, Case, normal, with_gradients
 from experiments.benchmarks.options import Options
 from experiments.benchmarks.shapes import CROSSOVER, LAYERS, KernelShape, select_layers
-from gspn_jax.mixers import GSPNMixer
+from gspn_jax.mixers import MIXERS, GSPNMixer, state_space
 from pallas_kernels import UpProjection
 from pallas_kernels.choices import VARIANTS
 from pallas_kernels.mosaic import variants
@@ -40,7 +42,13 @@ from pallas_kernels.up_projection import gradients_of_maps, maps_of
 DTYPE = "bfloat16"
 PASSES = ("forward", "both")
 COLUMNS = ("shape", "batch", "height", "width", "tokens", "channels", "rank", "chunk", "dtype", *FIGURES)
-CANDIDATES = ("gspn", *VARIANTS, "xla", *attention.CANDIDATES)
+# Mixers of the registry, and what their rows say.
+OTHERS = {
+    "linfusion": "two small networks of inner width C",
+    "mamba": f"associative_scan in chunks of {state_space.SELECTIVE_CHUNK} tokens (CPU: token by token)",
+    "mamba2": f"matrix products in chunks of {state_space.GROUPED_CHUNK} tokens",
+}
+CANDIDATES = ("gspn", *VARIANTS, "xla", *attention.CANDIDATES, *OTHERS)
 DRY_SHAPE = "width1152_16"
 # Values of a map that the reference computes: it holds some 300 bytes for each in the backward pass.
 MOST_VALUES = 2**25
@@ -76,7 +84,7 @@ class MixerCase(Case):
 
     @property
     def is_gspn(self) -> bool:
-        return self.candidate not in attention.CANDIDATES
+        return self.candidate not in (*attention.CANDIDATES, *OTHERS)
 
     @property
     def implementation(self) -> str:
@@ -95,6 +103,8 @@ class MixerCase(Case):
 
     def reason_against(self) -> str | None:
         shape = self.shape
+        if self.candidate in OTHERS:
+            return None
         if not self.is_gspn:
             return attention.reason_against(self.candidate, shape, DTYPE, self.pass_)
         reason = pallas_kernels.implementations()[self.implementation]
@@ -119,6 +129,9 @@ class MixerCase(Case):
         shape = self.shape
 
         def make(rngs: nnx.Rngs) -> nnx.Module:
+            if self.candidate in OTHERS:
+                dtypes = dict[str, Any](dtype=jnp.dtype(DTYPE), param_dtype=jnp.dtype(DTYPE))
+                return MIXERS[self.candidate](shape.channels, **dtypes, rngs=rngs)
             if not self.is_gspn:
                 return AttentionMixer(self.candidate, shape.channels, rngs=rngs)
             return GSPNMixer(
@@ -163,7 +176,7 @@ class MixerCase(Case):
         return inputs + result if self.pass_ == "forward" else 3 * inputs + 2 * result
 
     def remark(self) -> str | None:
-        return None if self.is_gspn else attention.remark(self.shape.channels)
+        return None if self.is_gspn else OTHERS.get(self.candidate) or attention.remark(self.shape.channels)
 
     def compare(self, program: Callable[..., Any], given: tuple[Any, ...]) -> Verdict:
         """Compares the result and all gradients with a mixer that `lax.scan` propagates, and two runs with each other.

@@ -42,6 +42,13 @@ def test_interpreted_kernels_pass_the_gate():
     assert (row["shape"], row["status"], row["checked"]) == ("width1152_16", "right", "forward, whole")
 
 
+@pytest.mark.full
+def test_the_other_mixers_run_and_name_their_form():
+    rows = mixers.run(Options(seed=1, repeats=2), tuple(mixers.OTHERS), ["both"])[-3:]
+    assert [(row["candidate"], row["status"]) for row in rows] == [(name, "dry") for name in mixers.OTHERS]
+    assert all(row["note"] == mixers.OTHERS[row["candidate"]] for row in rows)
+
+
 def test_gate_sees_each_gradient_and_errors_in_its_part(monkeypatch):
     monkeypatch.setattr(mixers, "MOST_VALUES", 3 * 4 * 4)
     assert checked_part(TINY) == (1, 4)
