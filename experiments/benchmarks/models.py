@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
@@ -24,6 +24,15 @@ from flax import nnx
 from experiments import command_line, provenance, tables
 from gspn_jax.models import PRESETS, create_model, parameter_count
 from pallas_kernels import record_choices
+
+
+class Timing(NamedTuple):
+    """Seconds of a program, and its memory."""
+
+    compile_s: float
+    median_s: float
+    least_s: float
+    compiled_mib: int | None  # arguments, results and temporaries; None where the compiler does not say
 
 
 def multiply_adds(function: Callable, *args: Any) -> int:
@@ -92,28 +101,32 @@ def benchmark(name: str, *, image_size: int, batch_size: int, mixer: str, dtype:
         "implementation": " ".join(sorted({choice.implementation for choice in choices})) or "none",
     }
     for kind, function in (("inference", forward), ("gradient", train)):
-        start = time.perf_counter()
-        compiled = jax.jit(function).lower(params, images).compile()
-        row[f"{kind}_compile_s"] = round(time.perf_counter() - start, 1)
-        seconds = _median_seconds(functools.partial(compiled, params, images), repeats)
-        row[f"{kind}_images_per_s"] = float(f"{batch_size / seconds:.4g}")
-        memory = compiled.memory_analysis()
-        if memory is not None:
-            needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-            row[f"{kind}_compiled_mib"] = round(needed / 2**20)
+        found = timed(function, params, images, repeats=repeats)
+        row[f"{kind}_compile_s"] = round(found.compile_s, 1)
+        row[f"{kind}_images_per_s"] = float(f"{batch_size / found.median_s:.4g}")
+        if found.compiled_mib is not None:
+            row[f"{kind}_compiled_mib"] = found.compiled_mib
     statistics_of_device = jax.devices()[0].memory_stats() or {}
     row["peak_mib"] = round(statistics_of_device.get("peak_bytes_in_use", 0) / 2**20) or "not kept"
     return row
 
 
-def _median_seconds(function: Callable[[], Any], repeats: int) -> float:
-    jax.block_until_ready(function())
+def timed(function: Callable[..., Any], *args: Any, repeats: int) -> Timing:
+    """Compiles `function(*args)` and runs it once to warm up, then `repeats` times by the host's clock."""
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*args).compile()
+    compile_s = time.perf_counter() - start
+    jax.block_until_ready(compiled(*args))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(function())
+        jax.block_until_ready(compiled(*args))
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    memory = compiled.memory_analysis()
+    needed = None
+    if memory is not None:
+        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Timing(compile_s, statistics.median(times), min(times), None if needed is None else round(needed / 2**20))
 
 
 def run(names: Sequence[str], output: str | None, **options: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The run that both compile reports share: cases to rows, a CSV that keeps other rows, and a page of Markdown."""
+"""The run that all compile reports share: cases to rows, a CSV that keeps other rows, and a page of Markdown."""
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -68,11 +68,12 @@ class Report(NamedTuple):
         pathlib.Path(f"{output}.md").write_text(self.page(*tables.read(path)))
 
     def _key(self, row: Row) -> tuple[str, ...]:
-        return tuple(row[column] for column in self.order)
+        return tuple(str(row[column]) for column in self.order)  # a row of the file holds texts
 
     def _place(self, row: Row) -> tuple[int, ...]:
         return tuple(
-            known.index(row[column]) if row[column] in known else len(known) for column, known in self.order.items()
+            known.index(value) if value in known else len(known)
+            for value, known in zip(self._key(row), self.order.values(), strict=True)
         )
 
 

@@ -10,7 +10,6 @@ column is a time measured on a GPU.
 import dataclasses
 import functools
 import inspect
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +18,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from configs import classifier, generator
-from experiments import command_line, settings, tables
-from experiments.compiled import costs, report
+from experiments import command_line, settings
+from experiments.compiled import programs, report
 from experiments.compiled.report import Report, Row
 from gspn_jax import data
 from gspn_jax.models.autoencoder import LATENT_SCALE
@@ -30,23 +29,15 @@ from gspn_jax.training import OptimizerOptions, Task, TrainOptions
 from gspn_jax.training.optimizer import make_optimizer
 from gspn_jax.training.state import initial_state
 from gspn_jax.training.step import make_step
-from pallas_kernels.mosaic import card, compile_only
+from pallas_kernels.mosaic import compile_only
 
 STEPS = 1000  # of the run: enters the learning-rate schedule and changes no number of the report
 KEPT, REMAT = "kept", "remat"
 NOTE = (
-    "Compiled, not executed: nothing here is a measured time. least_ms adds up, over all instructions, the longer of "
-    f"two times: operands and results at {card.COPY_BANDWIDTH / 1e12} TB/s; matrix products and convolutions at "
-    f"{card.MATRIX_FLOPS / 1e12:.0f} TFLOP/s, depthwise ones at {card.VECTOR_FLOPS / 1e12:.0f}. Caches, starts of "
-    "kernels and other arithmetic are left out; without a card XLA tunes no product and no convolution. compile_s was "
-    "taken on two cores that other programs used too. The loss of generators is DiT's, with a learned variance; where "
-    "compile_s is missing it is the mean squared error of the noise only. blocks: kept, or computed again (remat). "
-    "Each row names its commit."
+    f"{programs.NOTE} The loss of generators is DiT's, with a learned variance; where compile_s is missing it is the "
+    "mean squared error of the noise only. blocks: kept, or computed again (remat). Each row names its commit."
 )
-COLUMNS = (
-    "model", "variant", "blocks", "batch", "compile_s", "launches", "bytes", "flops", "least_ms", "argument_bytes",
-    "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "commit", "date", "fault",
-)  # fmt: skip
+COLUMNS = ("model", "variant", "blocks", "batch", *programs.COLUMNS)
 
 
 class Propagation(NamedTuple):
@@ -175,41 +166,21 @@ def compile_rows(step: Step, batch_size: int = 0) -> list[Row]:
     model = MODELS[step.model]
     batch_size = batch_size or model.batch_size
     row: Row = dict.fromkeys(COLUMNS, "") | step._asdict() | {"batch": batch_size}
-    started = time.perf_counter()
-    try:
-        compiled = compile_step(model.setting(PROPAGATIONS[step.variant], step.blocks == REMAT, batch_size))
-    except Exception as error:  # whatever stops a compiler is a result of the report
-        return [row | {"fault": report.error_text(error)}]
-    row["compile_s"] = round(time.perf_counter() - started, 1)
-    memory: Any = compiled.memory_analysis()
-    row |= {"argument_bytes": memory.argument_size_in_bytes, "output_bytes": memory.output_size_in_bytes}
-    row |= {"alias_bytes": memory.alias_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
-    return [row | {"peak_bytes": memory.peak_memory_in_bytes} | costs.totals(compiled.as_text() or "")]
+
+    def compile_program() -> jax.stages.Compiled:
+        return compile_step(model.setting(PROPAGATIONS[step.variant], step.blocks == REMAT, batch_size))
+
+    return [row | programs.compiled_row(compile_program)]
 
 
 def page(about: Mapping[str, str], rows: Sequence[Row]) -> str:
     """Returns the table in Markdown."""
-    giga = ("argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "peak_bytes", "bytes")
-    others = ("least_ms", "launches", "compile_s", "commit", "date", "fault")
-    heads = (
-        "step",
-        "batch",
-        *(f"{key.removesuffix('_bytes')}, GB" for key in giga[:-1]),
-        "moved, GB",
-        "TFLOP",
-        *others,
-    )
-    cells = [
-        (f"{row['model']} {row['variant']} {row['blocks']}", row["batch"],
-         *(f"{int(row[key]) / 1e9:.2f}" if row[key] else "" for key in giga),
-         f"{int(row['flops']) / 1e12:.1f}" if row["flops"] else "", *(row[key] for key in others))
-        for row in rows
-    ]  # fmt: skip
-    return (
-        report.header("Train steps, compiled for an H200 and not executed", about)
-        + tables.markdown(heads, cells)
-        + "\n"
-    )
+
+    def name(row: Mapping[str, str]) -> tuple[str, str]:
+        return f"{row['model']} {row['variant']} {row['blocks']}", row["batch"]
+
+    title = "Train steps, compiled for an H200 and not executed"
+    return report.header(title, about) + programs.table(("step", "batch"), name, rows)
 
 
 def define_flags() -> None:
