@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gspn_jax.weights import local_file, read_arrays
-from gspn_jax.weights.single_file import split_single_file
+from gspn_jax.weights.files import local_file, read_arrays, read_names
+from gspn_jax.weights.single_file import UNET_START, split_single_file
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -64,6 +64,17 @@ class Published:
     arrays: dict[str, Mapping[str, Any]]
     configs: dict[str, Mapping[str, Any]]
     tokenizers: tuple[Path, ...]
+
+
+def is_published(source: str) -> bool:
+    """Returns whether a source is a text-to-image model: a folder in the layout of diffusers or a single file.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    if is_folder(source):
+        return True
+    return not Path(source).is_dir() and any(name.startswith(UNET_START) for name in read_names(source))
 
 
 def is_folder(source: str) -> bool:

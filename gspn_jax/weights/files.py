@@ -47,6 +47,22 @@ def read_arrays(source: str | os.PathLike[str], *, argument: str = "source") -> 
         raise ValueError(f"{argument}: expected a safetensors, .pt or .pth file, got {source}: {words}") from error
 
 
+def read_names(source: str | os.PathLike[str], *, argument: str = "source") -> list[str]:
+    """Returns the names that `read_arrays` would give; reads no tensor of a .safetensors file.
+
+    Raises:
+        ValueError: as `read_arrays`.
+    """
+    path = local_file(source, argument=argument)
+    if path.suffix != ".safetensors":
+        return list(read_arrays(source, argument=argument))
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{argument}: expected a safetensors file, got {source}: {error}") from error
+
+
 def local_file(source: str | os.PathLike[str], *, argument: str = "source") -> Path:
     """The file of a source on this machine, fetched from the hub if need be.
 

@@ -16,9 +16,10 @@ from gspn_jax.weights.renamed import Renamed
 # Name in the file, name in the folder; what makes the folder's array of the file's, where they differ.
 Place = tuple[str, str, Callable[[Any], np.ndarray] | None]
 
+UNET_START = "model.diffusion_model."
 # What names in the file start with; the part that they belong to.
 _PARTS = {
-    "model.diffusion_model.": "unet",
+    UNET_START: "unet",
     "first_stage_model.": "vae",
     "cond_stage_model.transformer.": "text_encoder",
     "conditioner.embedders.0.transformer.": "text_encoder",

@@ -21,7 +21,7 @@ def fingerprints(tree: Any) -> dict[str, jax.Array]:
 def finite(tree: Any) -> dict[str, jax.Array]:
     """Returns path -> () bool: whether all numbers of the array are finite, for floating-point arrays. Traceable."""
     return {
-        path: jnp.isfinite(leaf).all()
+        path: _is_finite(leaf)
         for path, leaf in leaves_by_path(tree).items()
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
@@ -35,8 +35,14 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     }
 
 
+# Compiled for each shape and dtype: a tree of a thousand arrays has few of them.
+@jax.jit
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
+
+
+@jax.jit
 def _fingerprint(leaf: jax.Array) -> jax.Array:
-    leaf = jnp.asarray(leaf)
     words = _words(leaf)
     # The weight of a position comes from its linear index, built per axis: a reshape would gather a sharded array.
     position = jnp.zeros(words.shape, jnp.uint32)

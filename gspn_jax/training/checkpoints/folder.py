@@ -29,7 +29,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says in one line which one, where and why."""
 
 
-@jax.jit
 def _examine(tree: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns path -> fingerprint, and path -> whether all numbers of the array are finite."""
     return fingerprints(tree), finite(tree)

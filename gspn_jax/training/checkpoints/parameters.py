@@ -68,7 +68,7 @@ def save_parameters(workdir: str | os.PathLike[str], params: Parameters, descrip
         CheckpointError: the folder holds checkpoints already or cannot be written.
         ValueError: an array holds NaN or Inf.
     """
-    good = jax.device_get(jax.jit(finite)(params))
+    good = jax.device_get(finite(params))
     if not all(good.values()):
         raise ValueError(f"params: expected finite numbers, got {records.not_finite(good)}")
     description = records.plain(description, "description")
