@@ -74,6 +74,7 @@ def folder(tmp_path_factory) -> Path:
     save(folder / "runs" / "digits", classifier)
     (folder / "runs" / "released").symlink_to(folder / "runs" / "digits")
     Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(folder / "photo.jpg")
+    (folder / "stable-diffusion-v1-5").symlink_to(REPOSITORY / "tests" / "golden" / "text_to_image" / "sd15_folder")
     return folder
 
 
