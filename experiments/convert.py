@@ -12,8 +12,9 @@ Hub. PyTorch is not needed, and nothing in a file can run. Of a checkpoint, the 
 them.
 
 The parameters' names tell the network: a classifier or a generator of GSPN's authors, or a DiT or SiT, which
---objective tells apart. Their shapes tell its sizes. A folder in the layout of diffusers (here or hf://owner/name), or a
-single file with the names of Stability's programs, is a text-to-image model: Stable Diffusion 1.5, SDXL and their kin.
+--objective tells apart. Their shapes tell its sizes. A folder in the layout of diffusers (here or hf://owner/name) is a
+text-to-image model, and so is a single file with the names of Stability's programs: Stable Diffusion 1.5, SDXL and
+their kin.
 """
 
 from pathlib import Path
