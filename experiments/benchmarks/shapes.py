@@ -105,8 +105,9 @@ GENERATORS_512 = tuple(
     dataclasses.replace(shape, name=f"{shape.name}_512", batch=8, height=32, width=32) for shape in GENERATORS
 )
 
-# SDXL: latents have 1/8 of the image's side, self-attention is at 1/2 of that with 640 channels and at 1/4 with 1280.
-# Batch 2 is one image under classifier-free guidance. 16K is 16384 x 8192 in the paper; wide_1k is 1344 x 768.
+# SDXL in the paper, with scans over whole maps: latents have 1/8 of the image's side, self-attention is at 1/2 of that
+# with 640 channels and at 1/4 with 1280. Batch 2 is one image under classifier-free guidance. 16K is 16384 x 8192 in
+# the paper; wide_1k is 1344 x 768.
 SDXL = (
     KernelShape("sdxl_1k_level1", 2, 64, 64, 640, rank=80),
     KernelShape("sdxl_1k_level2", 2, 32, 32, 1280, rank=160),
@@ -120,6 +121,18 @@ SDXL = (
     KernelShape("sdxl_8k_level2", 2, 256, 256, 1280, rank=160),
     KernelShape("sdxl_16k_level1", 2, 512, 1024, 640, rank=80),
     KernelShape("sdxl_16k_level2", 2, 256, 512, 1280, rank=160),
+)
+
+# GSPN in our UNets of SD-1.5 (images of 512 and 1024 pixels a side) and SDXL (1024 and 2048), with scans of 4 lines and
+# one image under guidance: pixels a side, and channels C. The proxy has C / 8 channels; layers with query, key and
+# value read three proxies of C / 32 side by side.
+_UNET_MAPS = (
+    (128, 320), (64, 320), (128, 640), (64, 640), (32, 640), (64, 1280), (32, 1280), (16, 1280), (8, 1280),
+)  # fmt: skip
+UNETS = tuple(
+    KernelShape(f"unet_{side}_c{channels}{kind}", 2, side, side, channels, chunk=4, rank=rank)
+    for side, channels in _UNET_MAPS
+    for kind, rank in (("", channels // 8), ("_qkv", 3 * channels // 32))
 )
 
 # To find the resolution from which GSPN beats flash attention: with SDXL's maps, squares of 8 to 128 tokens a side at
@@ -155,6 +168,7 @@ GROUPS = {
     "generators": GENERATORS,
     "generators_512": GENERATORS_512,
     "sdxl": SDXL,
+    "unets": UNETS,
     "compact": COMPACT,
     "long": LONG,
     "crossover": CROSSOVER,
@@ -164,7 +178,7 @@ SHAPES = tuple(shape for group in GROUPS.values() for shape in group)
 # Layers of the same widths as others, at larger images.
 LARGER = (*GSPN_T_384, *GSPN_S_384, *GSPN_B_384, *GENERATORS_512)
 # Maps of layers, which propagate in four directions.
-LAYERS = (*GSPN_T, *GSPN_S, *GSPN_B, *GSPN_NANO, *GENERATORS, *SDXL, *LARGER)
+LAYERS = (*GSPN_T, *GSPN_S, *GSPN_B, *GSPN_NANO, *GENERATORS, *SDXL, *UNETS, *LARGER)
 # The maps in the table of variants.
 CHOSEN = (*LAYERS, *CROSSOVER, *SHARED)
 

@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments import command_line, tables
 from experiments.benchmarks.options import chosen
-from experiments.benchmarks.shapes import CHOSEN, CROSSOVER, LARGER, SHAPES, SHARED, KernelShape
+from experiments.benchmarks.shapes import CHOSEN, CROSSOVER, LARGER, SHAPES, SHARED, UNETS, KernelShape
 from experiments.compiled import report
 from experiments.compiled.report import Report, Row
 from pallas_kernels import DIRECTIONS, UpProjection
@@ -74,19 +74,22 @@ class Program(NamedTuple):
 
 
 def programs(shapes: Iterable[KernelShape], directions: Sequence[str], dtypes: Sequence[str]) -> list[Program]:
-    """Returns all combinations that exist."""
+    """Returns all combinations that exist; of those with the same kernels, such as layers that differ in rank, one."""
     scans = [(direction, operation) for direction in directions for operation in SCANS]
     listed = (
         Program(shape, direction, pass_, operation, dtype)
         for shape in shapes
         for dtype in dtypes
         for direction, operation in (
-            *([] if shape in (*LARGER, *CROSSOVER, *SHARED) else scans),
+            *([] if shape in (*LARGER, *CROSSOVER, *SHARED, *UNETS) else scans),
             *([(ALL_DIRECTIONS, variant) for variant in VARIANTS] if shape in CHOSEN else []),
         )
         for pass_ in PASSES
     )
-    return [program for program in listed if exists(program)]
+    different: dict[Any, Program] = {}
+    for program in filter(exists, listed):
+        different.setdefault((program.work, *program[1:]), program)
+    return list(different.values())
 
 
 def exists(program: Program) -> bool:
