@@ -1,7 +1,7 @@
 """The recurrences of Mamba and Mamba-2 over sequences, in chunks of tokens.
 
-Both are compiled in a form that is fast without a kernel of its own: see `selective_scan` and `grouped_scan`. Where a
-length is no multiple of the chunk, tokens with step 0 are added, which leave the state as it is.
+`selective_scan` and `grouped_scan` say in which form each runs. Where a length is no multiple of the chunk, tokens with
+step 0 are added, which leave the state as it is.
 """
 
 import functools
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import state_dtype
 
-# Tokens of a chunk.
+# Tokens of a chunk. Measured on a CPU (2 sequences of 1024 and 4096 tokens, 640 channels, float32): other powers of two
+# are not faster by more than the noise. One associative scan over 1024 tokens takes 13 times as long as
+# `selective_scan`, with gradients 5 times.
 SELECTIVE_CHUNK = 64
 GROUPED_CHUNK = 64
 
@@ -67,6 +69,7 @@ def selective_scan(
     inputs = tuple(_chunks(array.astype(dtype).swapaxes(0, 1), 0, chunk) for array in (u, step, write, read))
     rate = rate.astype(dtype)
     start = jnp.zeros((u.shape[0], *rate.shape), dtype)
+    # y: (L / chunk, chunk, B, C)
     _, y = jax.lax.scan(lambda state, of_chunk: _advance(state, rate, *of_chunk), start, inputs)
     return y.reshape(-1, *y.shape[2:])[:length].swapaxes(0, 1)
 
@@ -90,6 +93,8 @@ _advance.defvjp(lambda *arrays: (_advance(*arrays), arrays), _advance_backward)
 
 
 def _one_by_one(state, rate, *inputs):
+    """`_advance` by a scan over the tokens."""
+
     def advance(state, of_token):
         u, step, write, read = of_token
         state = jnp.exp(-step[..., None] * rate[None]) * state + (step * u)[..., None] * write[:, None]
@@ -99,6 +104,7 @@ def _one_by_one(state, rate, *inputs):
 
 
 def _at_once(state, rate, u, step, write, read):
+    """`_advance` by an associative scan over the tokens."""
     decay = jnp.exp(-step[..., None] * rate[None, None])  # (chunk, B, C, N)
     decay, states = jax.lax.associative_scan(_in_turn, (decay, (step * u)[..., None] * write[:, :, None]))
     states += decay * state[None]
