@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from experiments.benchmarks import unet
 from experiments.benchmarks.scans import shrink
 from experiments.benchmarks.shapes import GROUPS, SHAPES, select
 from gspn_jax import models
+from gspn_jax.mixers import gspn
 from pallas_kernels import record_choices
 from tests.test_layout import REPOSITORY
 
@@ -25,6 +27,25 @@ def test_classifier_shapes_are_those_of_the_model(name):
     assert list(dict.fromkeys((choice.shape, choice.chunk) for choice in choices)) == listed
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "model, size, mixer",
+    [("sdxl", 1024, "gspn_qkv"), ("sdxl", 2048, "gspn"), ("sd15", 512, "gspn"), ("sd15", 1024, "gspn_qkv")],
+)
+def test_layers_of_the_unets_are_listed(monkeypatch, model, size, mixer):
+    found = set()
+
+    def propagate_low_rank(x, proxy, up, merge, *, chunk, **options):
+        found.add((x.shape, chunk, proxy.shape[-1]))
+        return x
+
+    monkeypatch.setattr(gspn, "propagate_low_rank", propagate_low_rank)
+    network = unet.abstract_unet(model, mixer, "float32")
+    nnx.eval_shape(lambda m, *inputs: m(*inputs), network, *unet.input_shapes(model, size, 2))
+    listed = {((s.batch, s.height, s.width, s.channels), s.chunk, s.rank) for s in GROUPS["unets"]}
+    assert found <= listed and len(found) == {"sd15": 4, "sdxl": 2}[model]
+
+
 def test_other_shapes_follow_from_the_papers():
     assert [s.channels for s in GROUPS["generators"]] == [8 * math.ceil(width / 8) for width in (900, 1200, 1500)]
     images = {"1k": (1024, 1024), "wide_1k": (768, 1344), "2k": (2048, 2048), "4k": (4096, 4096), "8k": (8192, 8192)}
@@ -34,6 +55,10 @@ def test_other_shapes_follow_from_the_papers():
         f"sdxl_{name}_level{level}": (height // 8 // 2**level, width // 8 // 2**level, 320 * 2**level)
         for name, (height, width) in images.items() for level in (1, 2)
     }  # fmt: skip
+    # SD-1.5 has attention on 1/8 to 1/64 of the image's side, the last with the channels of the one before.
+    maps = {(image // 8 // 2**level, 320 * 2 ** min(level, 2)) for image in (512, 1024) for level in range(4)}
+    maps |= {(image // 8 // 2**level, 320 * 2**level) for image in (1024, 2048) for level in (1, 2)}
+    assert maps == {(s.height, s.channels) for s in GROUPS["unets"]} and len(GROUPS["unets"]) == 2 * len(maps)
     assert len({s.name for s in SHAPES}) == len(SHAPES)
     assert all(s.channels % s.weight_channels == 0 for s in [*SHAPES, *map(shrink, SHAPES)])
     with pytest.raises(ValueError, match="shapes: expected some of gspn2, .*; got 'gspn3'"):
