@@ -192,15 +192,16 @@ class TextToImage:
         found = []
         with tqdm(total=calls * -(-count // rows), unit="step", disable=not progress) as self._bar:
             for start in range(0, count, rows):
-                part = np.arange(start, min(start + rows, count))
+                part = np.minimum(np.arange(start, start + rows), count - 1)  # all batches share one compiled program
                 of_prompt = part // num_images
                 latents = self._latents(
                     [prompts[n] for n in of_prompt],
                     None if negatives is None else [negatives[n] for n in of_prompt],
-                    drawing, guidance, seed, numbers[part], rows, shape, sizes,
+                    drawing, guidance, seed, numbers[part], shape, sizes,
                     noise=None if noise is None else np.asarray(noise)[part],
                     image=None if images is None else images[part],
                 )  # fmt: skip
+                latents = latents[: count - start]
                 found.append(latents if output == "latents" else self.decode(latents))
             jax.effects_barrier()
         self._bar = None
@@ -297,14 +298,13 @@ class TextToImage:
         guidance: float,
         seed: int,
         numbers: np.ndarray,
-        rows: int,
         shape: tuple[int, int, int],
         sizes: tuple[int, ...],
         *,
         noise: np.ndarray | None,
         image: np.ndarray | None,
     ) -> np.ndarray:
-        """Draws the latents of one batch, padded to `rows` images."""
+        """Draws the latents of one batch."""
         condition = self._texts.condition(prompts, sizes)
         negative = self._texts.negative(condition, negatives, sizes) if drawing.is_guided else condition
         if noise is None:
@@ -314,7 +314,7 @@ class TextToImage:
             is_latents = image.shape[-1] == shape[-1]
             given["start"] = image if is_latents else self.encode_image(image, seed=seed, numbers=numbers)
         # One device's share is whole: half an image where guidance doubles the batch.
-        doubled = 1 + drawing.is_guided
+        rows, doubled = len(numbers), 1 + drawing.is_guided
         rows += next(n for n in range(self._mesh.size) if (rows + n) * doubled % self._mesh.size == 0)
         given = jax.tree.map(lambda array: jax.device_put(array, self._sharding(rows)), pad_rows(given, rows))
         with jax.set_mesh(self._mesh):

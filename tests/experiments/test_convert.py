@@ -1,9 +1,7 @@
-import functools
 import json
 import pathlib
 
 import pytest
-from absl import flags
 
 from experiments import convert
 from gspn_jax.training import load_parameters
@@ -12,26 +10,10 @@ from gspn_jax.weights import read_arrays
 TORCH_FILES = pathlib.Path(__file__).parents[1] / "weights" / "torch_files"
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """Runs the command with flags of its own."""
-    defines = {name: getattr(flags, name) for name in ("DEFINE_string", "DEFINE_integer", "DEFINE_enum", "DEFINE_list")}
-
-    def run(*words):
-        values = flags.FlagValues()
-        monkeypatch.setattr(flags, "FLAGS", values)
-        for name, define in defines.items():
-            monkeypatch.setattr(flags, name, functools.partial(define, flag_values=values))
-        convert.define_flags()
-        values(["convert", *words])
-        convert.main()
-
-    return run
-
-
 def test_a_checkpoint_becomes_a_workdir(command, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
     command(
+        convert,
         f"--source={TORCH_FILES / 'gspn_classifier.pth'}", f"--workdir={tmp_path / 'run'}", "--global_stages=0,1",
         "--chunk=3", "--alignment=aligned", "--image_size=32", f"--class_names={tmp_path / 'names.txt'}",
     )  # fmt: skip
@@ -46,8 +28,8 @@ def test_a_checkpoint_becomes_a_workdir(command, tmp_path, capsys):
 
 def test_flags_of_denoisers(command, tmp_path):
     source = f"--source={TORCH_FILES / 'dit_checkpoint.pt'}"
-    command(source, f"--workdir={tmp_path}", "--num_heads=2", "--objective=linear")
+    command(convert, source, f"--workdir={tmp_path}", "--num_heads=2", "--objective=linear")
     _, description = load_parameters(tmp_path)
     assert description["objective"] == "linear" and description["model"]["options"]["num_heads"] == 2
     with pytest.raises(ValueError, match="global_blocks: expected integers, got a"):
-        command(source, f"--workdir={tmp_path}", "--global_blocks=a")
+        command(convert, source, f"--workdir={tmp_path}", "--global_blocks=a")

@@ -1,18 +1,16 @@
 """Samples from a generator of a few thousand parameters."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 from configs import classifier, generator
-from experiments import command_line, evaluate, sample, settings, train
+from experiments import evaluate, sample, settings, train
 from gspn_jax import data, load_run, sampling
 from gspn_jax.evaluation import image_archive
 from gspn_jax.sampling import ImageSampler, Sampling
@@ -165,17 +163,9 @@ def test_a_picture_that_cannot_be_written_shows_before_anything_is_drawn(tmp_pat
 
 
 @pytest.mark.full
-def test_the_command_draws_a_grid(workdir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_the_command_draws_a_grid(workdir: str, tmp_path: Path, command: Any, capsys: Any):
     output = tmp_path / "grid.png"
-    values = flags.FlagValues()
-    monkeypatch.setattr(flags, "FLAGS", values)
-    monkeypatch.setattr(command_line, "FLAGS", values)
-    define = {name: getattr(flags, name) for name in dir(flags) if name.startswith("DEFINE_")}
-    for name, function in define.items():
-        monkeypatch.setattr(flags, name, lambda *a, _f=function, **k: _f(*a, **{**k, "flag_values": values}))
-    sample.define_flags()
-    values([sys.argv[0], f"--workdir={workdir}", f"--output={output}", "--count=3", "--num_steps=2", "--classes=1,4"])
-    sample.main()
+    command(sample, f"--workdir={workdir}", f"--output={output}", "--count=3", "--num_steps=2", "--classes=1,4")
     with Image.open(output) as sheet:
         assert sheet.size[0] > 90
     assert capsys.readouterr().out == f"{output}: 3 images\n"

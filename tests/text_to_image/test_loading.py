@@ -85,7 +85,8 @@ def test_a_workdir_in_bfloat16_with_replacements(tmp_path: Path):
     options: dict[str, Any] = dict(mixer="gspn", replacements=tmp_path / "replacements.safetensors")
     text_to_image.convert(SD15, workdir, alignment="aligned", dtype="bfloat16", **options)
     loaded, direct = load_parts(workdir), load_parts(SD15, alignment="aligned", **options)
-    assert loaded.mixer == "gspn" and loaded.unet.middle.transformer.blocks.mixer.alignment == "aligned"
+    middle: Any = loaded.unet.middle.transformer
+    assert loaded.mixer == "gspn" and middle.blocks.mixer.alignment == "aligned"
     for got, want in zip(leaves(loaded), leaves(direct), strict=True):
         assert got.dtype == jnp.float32
         np.testing.assert_array_equal(got, want.astype(jnp.bfloat16).astype(jnp.float32))

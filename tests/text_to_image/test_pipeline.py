@@ -38,7 +38,7 @@ def test_embeddings(goldens: dict[str, Golden], kind: str):
 ])  # fmt: skip
 def test_latents_and_images(goldens: dict[str, Golden], kind: str, sampler: str):
     golden = goldens[kind]
-    call = dict(negative_prompt=golden.negatives, sampler=sampler, **golden.call)
+    call: dict[str, Any] = golden.call | dict(negative_prompt=golden.negatives, sampler=sampler)
     latents = golden.pipeline(golden.prompts, output="latents", **call)
     assert_latents(latents, golden.arrays[f"latents_{sampler}"][-1])
     images = golden.pipeline.decode(latents)
@@ -61,7 +61,7 @@ def test_without_a_negative_prompt(goldens: dict[str, Golden], kind: str):
 def test_without_guidance(goldens: dict[str, Golden], kind: str):
     golden = goldens[kind]
     sampler = str(golden.arrays["scheduler_default_negative"])
-    call = golden.call | {"guidance": 1.0}
+    call: dict[str, Any] = golden.call | {"guidance": 1.0}
     latents = golden.pipeline(golden.prompts, sampler=sampler, output="latents", **call)
     assert_latents(latents, golden.arrays["latents_no_guidance"][-1])
 
