@@ -86,6 +86,22 @@ def latent_shape(
     return sides[0], sides[1], autoencoder.latent_channels
 
 
+def finite(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns an array of results; ValueError if it holds NaN or Inf."""
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or Inf: dtype bfloat16 or float32 may help")
+    return array
+
+
+def sizes(**pairs: Sequence[int]) -> tuple[int, ...]:
+    """Returns the numbers of the pairs, in their order; ValueError for what is not two whole numbers of at least 0."""
+    for name, pair in pairs.items():
+        values = np.asarray(pair)
+        if values.shape != (2,) or values.dtype.kind not in "iu" or values.min() < 0:
+            raise ValueError(f"{name}: expected two whole numbers of at least 0, got {pair!r}")
+    return tuple(int(value) for pair in pairs.values() for value in pair)
+
+
 def strength(value: float | None, num_steps: int, *, has_image: bool) -> float | None:
     """Returns the share of the steps that run, None without an image; ValueError for one out of range."""
     if not has_image:

@@ -35,7 +35,7 @@ def load_parts(
     source: str | os.PathLike[str],
     *,
     mixer: str | None = None,
-    replacements: str | os.PathLike[str] | None = None,
+    replacements: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     alignment: str | None = None,
     chunk: int | None = 4,
     dtype: Any = jnp.float32,
@@ -45,7 +45,7 @@ def load_parts(
     """Loads a model; see `TextToImage.load` for arguments and errors."""
     source = os.fspath(source)
     given: dict[str, Any] = dict(mixer=mixer, alignment=alignment, chunk=chunk, options=options)
-    released = None if replacements is None else _read_replacements(os.fspath(replacements))
+    released = _released(replacements)
     if (Path(source) / "checkpoints").is_dir():
         if config is not None:
             raise ValueError(f"config: expected none for a workdir, which holds its own, got {config}")
@@ -114,7 +114,7 @@ def convert(
     workdir: str | os.PathLike[str],
     *,
     mixer: str | None = None,
-    replacements: str | os.PathLike[str] | None = None,
+    replacements: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     alignment: str | None = None,
     chunk: int | None = 4,
     dtype: Any = jnp.float32,
@@ -140,7 +140,7 @@ def convert(
     """
     dtype = checked_dtype(dtype)
     published = read_published(os.fspath(source), None if config is None else os.fspath(config))
-    released = None if replacements is None else _read_replacements(os.fspath(replacements))
+    released = _released(replacements)
     parts = build_parts(published, mixer=mixer, released=released, alignment=alignment, chunk=chunk, dtype=dtype)
     networks = published.arrays | ({} if released is None else {REPLACEMENTS: released})
     floats = {
@@ -187,6 +187,8 @@ def as_published(
     return Published(dict(arrays), dict(description["configs"]), tuple(Path(workdir) / name for name in names))
 
 
-def _read_replacements(source: str) -> dict[str, np.ndarray]:
+def _released(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if source is None or isinstance(source, Mapping):
+        return source
     path = Path(source) / "diffusion_pytorch_model.safetensors"
     return read_arrays(path if Path(source).is_dir() else source, argument="replacements")

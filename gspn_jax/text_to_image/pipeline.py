@@ -73,7 +73,7 @@ class TextToImage:
         source: str | os.PathLike[str],
         *,
         mixer: str | None = None,
-        replacements: str | os.PathLike[str] | None = None,
+        replacements: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         alignment: str | None = None,
         chunk: int | None = 4,
         dtype: Any = jnp.float32,
@@ -89,8 +89,8 @@ class TextToImage:
                 on the Hugging Face Hub.
             mixer: what takes the place of self-attention: "attention" (as published), "gspn", "linfusion", "mamba" or
                 "mamba2". None: "attention", or what the workdir holds.
-            replacements: file, or folder with one, of released parameters of the mixers. Without it, their initial
-                values come from the attention that they replace.
+            replacements: released parameters of the mixers: a file, a folder with one, or arrays by name. Without them,
+                the mixers are new; their initial values come from the attention that they replace.
             alignment: of GSPN, "aligned" or "unturned"; None takes "unturned" for released parameters, else "aligned".
             chunk: lines after which GSPN's scans restart; None: never.
             dtype: of parameters and computation: float32, bfloat16, float16 or float64. The autoencoder of a float16
@@ -181,7 +181,8 @@ class TextToImage:
         if noise is not None and np.shape(noise) != (count, *shape):
             raise ValueError(f"noise: expected shape {(count, *shape)}, got {np.shape(noise)}")
         pixels = (shape[0] * autoencoder.factor, shape[1] * autoencoder.factor)
-        sizes = (*(original_size or pixels), *crop, *(target_size or pixels))
+        original, target = (pixels if size is None else size for size in (original_size, target_size))
+        sizes = arguments.sizes(original_size=original, crop=crop, target_size=target)
         arguments.warn_of_cut([*prompts, *(negatives or [])], self.parts.tokenizers[0])
 
         numbers = np.arange(count) if numbers is None else np.asarray(numbers)
@@ -231,10 +232,7 @@ class TextToImage:
         Raises:
             ValueError: an image with NaN or Inf.
         """
-        images = self._decode(np.asarray(latents))
-        if not np.isfinite(images).all():
-            raise ValueError("images: expected finite numbers, got NaN or Inf: bfloat16 or float32 may help")
-        return images
+        return arguments.finite("images", self._decode(np.asarray(latents)))
 
     def scheduler(self, sampler: str | None = None) -> schedulers.Scheduler:
         """Returns the schedule of a sampler by the model's settings; ValueError for an unknown name."""
@@ -319,7 +317,7 @@ class TextToImage:
         given = jax.tree.map(lambda array: jax.device_put(array, self._sharding(rows)), pad_rows(given, rows))
         with jax.set_mesh(self._mesh):
             latents = self._compiled(self._state, given, jnp.float32(guidance), drawing=drawing)
-        return np.asarray(latents)[: len(numbers)]
+        return arguments.finite("latents", np.asarray(latents)[: len(numbers)])
 
     def _sharding(self, rows: int) -> NamedSharding:
         return NamedSharding(self._mesh, P("data") if rows % self._mesh.size == 0 else P())

@@ -115,6 +115,28 @@ def test_the_hub(goldens: dict[str, Golden], monkeypatch: pytest.MonkeyPatch, tm
     assert "model.bin" not in fetched and not any("non_ema" in name or "pruned" in name for name in fetched)
 
 
+def test_files_in_shards_and_in_float16(goldens: dict[str, Golden], tmp_path: Path):
+    folder = copied(tmp_path / "folder", {})
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    arrays = list(load_file(unet).items())
+    unet.unlink()
+    shards = {f"diffusion_pytorch_model-0000{n + 1}-of-00002.safetensors": dict(arrays[n::2]) for n in range(2)}
+    for name, part in shards.items():
+        save_file(part, unet.parent / name)
+    places = {name: shard for shard, part in shards.items() for name in part}
+    Path(f"{unet}.index.json").write_text(json.dumps({"weight_map": places}))
+    tower = folder / "text_encoder" / "model.safetensors"
+    halves = {name: array.astype(np.float16) for name, array in load_file(tower).items() if array.dtype == np.float32}
+    save_file(halves, tower.with_suffix(".fp16.safetensors"))
+    tower.unlink()
+    loaded, want = load_parts(folder), goldens["sd15"].pipeline.parts
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded.unet), nnx.state(want.unet))
+    for got, full in zip(
+        *(jax.tree.leaves(nnx.state(parts.text_encoders[0])) for parts in (loaded, want)), strict=True
+    ):
+        np.testing.assert_array_equal(got, full.astype(np.float16).astype(np.float32))
+
+
 def copied(folder: Path, changes: dict[str, Any]) -> Path:
     """Returns a copy of the tiny folder with some keys of its JSON files changed, by FILE:KEY."""
     shutil.copytree(SD15, folder, dirs_exist_ok=True)

@@ -163,6 +163,8 @@ def test_cut_words_are_named(goldens: dict[str, Golden], monkeypatch: pytest.Mon
     (dict(image=np.zeros((64, 64, 3)), height=72), "height: expected 64, as the image has, got 72"),
     (dict(image=np.zeros((2, 64, 64, 3))), "image: expected 1 or 1, as there are images to draw, got 2"),
     (dict(output="pixels"), "output: expected one of image, latents; got 'pixels'"),
+    (dict(crop=(0, -1)), r"crop: expected two whole numbers of at least 0, got \(0, -1\)"),
+    (dict(original_size=512), "original_size: expected two whole numbers of at least 0, got 512"),
     (dict(num_images=0), "num_images, batch_size: expected at least 1, got 0 and None"),
     (dict(numbers=[0, 1]), r"numbers: expected 1 whole numbers, got int64 \(2,\)"),
 ])  # fmt: skip
