@@ -37,7 +37,7 @@ def apply(graph, state, inputs):
 
 # The published networks have 49,574,080 and 409,683,200 parameters in self-attention; here others are in its place.
 @pytest.mark.parametrize("kind,mixer,options,parameters", [
-    ("sd15", "gspn", {}, 809_946_884 + 51_122_944),
+    pytest.param("sd15", "gspn", {}, 809_946_884 + 51_122_944, marks=pytest.mark.full),
     pytest.param("sd15", "gspn", {"query_key_value": True}, 809_946_884 + 59_254_144, marks=pytest.mark.full),
     pytest.param("sdxl", "gspn", {}, 2_157_780_484 + 422_483_480, marks=pytest.mark.full),
     pytest.param("sdxl", "gspn", {"query_key_value": True}, 2_157_780_484 + 489_683_480, marks=pytest.mark.full),
@@ -48,7 +48,8 @@ def test_parameters_of_the_published_networks(kind, mixer, options, parameters):
     assert parameter_count(unet) == parameters
 
 
-@pytest.mark.parametrize("height,width", [(5, 7), pytest.param(1, 1, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("height,width", [(5, 7), (1, 1)])
 def test_any_size_depends_on_every_corner(height, width):
     unet, given = tiny(), inputs(height, width)
     graph, state = nnx.split(unet)

@@ -131,7 +131,9 @@ def test_released_linfusion(kind):
     assert unet_replacements(unet).keys() == replacements.keys()
 
 
-@pytest.mark.parametrize("kind,parameters", [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
+@pytest.mark.parametrize("kind,parameters", [
+    pytest.param("sd15", 859_520_964, marks=pytest.mark.full), ("sdxl", 2_567_463_684),
+])  # fmt: skip
 def test_all_tensors_of_the_real_files_are_used(kind, parameters):
     lines = (GOLDEN / "tensor_names" / f"{kind}.keys").read_text().splitlines()
     named = (line.split("\t") for line in lines)
@@ -178,6 +180,7 @@ def middle_mixer(unet) -> Any:
     return unet.transformers[-1].blocks.mixer
 
 
+@pytest.mark.full
 def test_teachers_layers_are_taken_over():
     arrays = published("sdxl")
     new: Any = dict(mixer="gspn", mixer_options={"query_key_value": True})
