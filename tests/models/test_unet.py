@@ -62,23 +62,29 @@ def test_any_size_depends_on_every_corner(height, width):
 
 
 def test_skips_and_odd_sizes_by_hand():
-    unet, given = tiny(), inputs(5, 7)
-    condition, context = jax.nn.silu(unet._embedding(given["timestep"], None, None)), given["context"]
+    graph, state = nnx.split(tiny())
+    given = inputs(5, 7)
 
-    def run(stage, *maps):
-        return stage(jnp.concatenate(maps, axis=-1), condition, context, keep_mixed=False)[0]
+    @jax.jit
+    def by_hand(state):
+        unet = nnx.merge(graph, state)
+        condition, context = jax.nn.silu(unet._embedding(given["timestep"], None, None)), given["context"]
 
-    start = unet.start(given["latents"])
-    fine = run(unet.down[0].stages[0], start)
-    halved = unet.down[0].resample(fine)  # (2, 3, 4, 8)
-    coarse = run(unet.down[1].stages[0], halved)
-    x = unet.middle_block(run(unet.middle, coarse), condition)
-    x = run(unet.up[0].stages[1], run(unet.up[0].stages[0], x, coarse), halved)
-    rows, columns = np.arange(5) * 3 // 5, np.arange(7) * 4 // 7  # the nearest pixel
-    x = unet.up[0].resample(x[:, rows][:, :, columns])
-    x = run(unet.up[1].stages[1], run(unet.up[1].stages[0], x, fine), start)
-    want = unet.end(jax.nn.silu(unet.norm(x)))
-    np.testing.assert_allclose(apply(*nnx.split(unet), given), want, rtol=1e-4, atol=1e-4)
+        def run(stage, *maps):
+            return stage(jnp.concatenate(maps, axis=-1), condition, context, keep_mixed=False)[0]
+
+        start = unet.start(given["latents"])
+        fine = run(unet.down[0].stages[0], start)
+        halved = unet.down[0].resample(fine)  # (2, 3, 4, 8)
+        coarse = run(unet.down[1].stages[0], halved)
+        x = unet.middle_block(run(unet.middle, coarse), condition)
+        x = run(unet.up[0].stages[1], run(unet.up[0].stages[0], x, coarse), halved)
+        rows, columns = np.arange(5) * 3 // 5, np.arange(7) * 4 // 7  # the nearest pixel
+        x = unet.up[0].resample(x[:, rows][:, :, columns])
+        x = run(unet.up[1].stages[1], run(unet.up[1].stages[0], x, fine), start)
+        return unet.end(jax.nn.silu(unet.norm(x)))
+
+    np.testing.assert_allclose(apply(graph, state, given), by_hand(state), rtol=1e-4, atol=1e-4)
 
 
 def test_condition_by_hand():
