@@ -88,20 +88,25 @@ def build_parts(
     for key, supported in _AUTOENCODER.items():
         if autoencoder.get(key, supported[0]) not in supported:
             raise ValueError(f"vae/config.json: expected {key} to be {supported[0]!r}, got {autoencoder[key]!r}")
-    unet = diffusers_unet(
-        arrays["unet"], configs["unet"], mixer=mixer, replacements=released, alignment=alignment, chunk=chunk,
-        dtype=dtype, mixer_options=options,
-    )  # fmt: skip
-    return Parts(
-        unet=unet,
-        mixer=mixer if isinstance(mixer, str) else "",
-        text_encoders=tuple(clip_text(arrays[name], configs[name], dtype=dtype) for name in towers),
+    return Parts(  # the UNet, which takes longest, after all that may be wrong elsewhere
         tokenizers=tuple(Tokenizer.from_pretrained(folder) for folder in published.tokenizers),
+        text_encoders=tuple(clip_text(arrays[name], configs[name], dtype=dtype) for name in towers),
         autoencoder=diffusers_autoencoder(
             arrays["vae"],
             norm_groups=autoencoder.get("norm_num_groups", 32),
             dtype=jnp.dtype("float32") if dtype.name == "float16" else dtype,  # float16 overflows in SDXL's
         ),
+        unet=diffusers_unet(
+            arrays["unet"],
+            configs["unet"],
+            mixer=mixer,
+            replacements=released,
+            alignment=alignment,
+            chunk=chunk,
+            dtype=dtype,
+            mixer_options=options,
+        ),  # fmt: skip
+        mixer=mixer if isinstance(mixer, str) else "",
         latent_scale=autoencoder.get("scaling_factor", 0.18215),
         scheduler=configs["scheduler"],
         zero_negative=bool(configs["model_index"].get("force_zeros_for_empty_prompt", len(towers) == 2)),

@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 import gspn_jax
 from gspn_jax import text_to_image
+from gspn_jax.text import Tokenizer
 from gspn_jax.text_to_image.loading import load_parts
 from gspn_jax.text_to_image.parts import Parts
-from gspn_jax.text_to_image.published import is_published
+from gspn_jax.text_to_image.published import is_published, read_published
 from tests.text_to_image.conftest import GOLDEN, Golden
 from tests.weights.test_single_file import in_one_file, tiny
 
@@ -44,7 +45,7 @@ def test_settings_of_a_folder(goldens: dict[str, Golden], kind: str, scale: floa
     assert (parts.mixer, parts.default_guidance) == ("attention", {"sd15": 7.5, "sdxl": 5.0}[kind])
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.full)])
 def test_a_single_file(goldens: dict[str, Golden], tmp_path: Path, kind: str):
     path = tmp_path / "model.safetensors"
     save_file({name: np.ascontiguousarray(array) for name, array in in_one_file(tiny(kind), kind).items()}, path)
@@ -93,7 +94,7 @@ def test_a_workdir_in_bfloat16_with_replacements(tmp_path: Path):
     assert load_parts(workdir, mixer="attention").mixer == "attention"
 
 
-def test_the_hub(goldens: dict[str, Golden], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Only the files that are read are fetched, of whatever lies in the repository."""
     repository = tmp_path / "repository"
     shutil.copytree(SD15, repository)
@@ -110,11 +111,15 @@ def test_the_hub(goldens: dict[str, Golden], monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert is_published("hf://owner/name")
-    assert_same(load_parts("hf://owner/name@main"), goldens["sd15"].pipeline.parts)
+    read, want = read_published("hf://owner/name@main"), read_published(str(SD15))
+    jax.tree.map(np.testing.assert_array_equal, read.arrays, want.arrays)
+    assert read.configs == want.configs
+    assert Tokenizer.from_pretrained(read.tokenizers[0])("a cat").shape == (1, 77)
     fetched = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
     assert "model.bin" not in fetched and not any("non_ema" in name or "pruned" in name for name in fetched)
 
 
+@pytest.mark.full
 def test_files_in_shards_and_in_float16(goldens: dict[str, Golden], tmp_path: Path):
     folder = copied(tmp_path / "folder", {})
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"

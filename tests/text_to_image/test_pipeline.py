@@ -95,15 +95,14 @@ def test_images_are_encoded(goldens: dict[str, Golden], kind: str):
 
 
 def test_an_image_depends_on_seed_and_number_only(goldens: dict[str, Golden]):
-    """Not on its batch, nor on the devices: one to four rows, doubled by guidance, are spread over eight."""
+    """Not on its batch, nor on the devices: three and four rows, doubled by guidance, are spread over eight."""
     pipeline = goldens["sd15"].pipeline
     assert local_mesh().size == jax.local_device_count()
     call: dict[str, Any] = goldens["sd15"].call | dict(noise=None, sampler="ddim", output="latents")
     whole = pipeline(["a", "b"], num_images=2, **call)
     assert whole.shape == (4, 8, 12, 4)
-    for size in (1, 3):
-        parts = pipeline(["a", "b"], num_images=2, batch_size=size, numbers=range(4), **call)
-        assert_latents(parts, whole)
+    parts = pipeline(["a", "b"], num_images=2, batch_size=3, numbers=range(4), **call)
+    assert_latents(parts, whole)
     assert_latents(pipeline(["b", "b", "a"], numbers=[3, 2, 0], **call), whole[[3, 2, 0]])
     other = pipeline(["a", "b"], num_images=2, seed=1, **call)
     assert np.abs(other - whole).max() > 0.1 and np.abs(whole[0] - whole[1]).max() > 0.1
