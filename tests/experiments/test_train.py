@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from configs import classifier
-from experiments import evaluate, train
+from experiments import evaluate, settings, train
 from gspn_jax import data, load_run
-from gspn_jax.training import CheckpointError, load_parameters
+from gspn_jax.training import CheckpointError, load_parameters, save_parameters
 from gspn_jax.training.metrics import read_rows
 
 ATTENTION = {"widths": (8,), "depths": (1,), "global_stages": (0,), "mixer": "attention"}
@@ -36,6 +36,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
     return workdir, train.run(tiny_config(), str(workdir))[1].evaluation
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir with the parameters that a run starts from."""
+    workdir = tmp_path_factory.mktemp("digits") / "saved"
+    made = settings.make_run(tiny_config(), data.load("digits"))
+    save_parameters(workdir, jax.jit(made.task.init)(jax.random.key(0)), made.description)
+    return workdir
+
+
+@pytest.mark.full
 def test_what_training_reports_evaluation_finds_again(trained: tuple[Path, dict[str, float]]):
     workdir, numbers = trained
     results, lines = evaluate.run(str(workdir))
@@ -76,8 +86,8 @@ def test_an_interrupted_run_sees_the_batches_of_a_whole_one(tmp_path: Path, monk
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_prediction_agrees_with_evaluation(trained: tuple[Path, dict[str, float]], tmp_path: Path):
-    run, digits = load_run(trained[0]), data.load("digits").test
+def test_prediction_agrees_with_evaluation(saved: Path, tmp_path: Path):
+    run, digits = load_run(saved), data.load("digits").test
     images = np.stack([digits[index][0] for index in range(40)])
     labels = [digits[index][1] for index in range(40)]
     answers = run.predict(images, top=10)
@@ -109,8 +119,8 @@ class _First:
         return self.source.describe(index)
 
 
-def test_pictures_of_any_kind_are_prepared_alike(trained: tuple[Path, dict[str, float]], tmp_path: Path):
-    run = load_run(trained[0])
+def test_pictures_of_any_kind_are_prepared_alike(saved: Path, tmp_path: Path):
+    run = load_run(saved)
     upright = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     picture = Image.fromarray(np.rot90(upright).copy())  # what a camera turned to the right records
     exif = Image.Exif()
@@ -136,9 +146,9 @@ def test_pictures_of_any_kind_are_prepared_alike(trained: tuple[Path, dict[str, 
         run.predict(grey, top=0)
 
 
-def test_evaluation_on_other_classes_is_refused(trained: tuple[Path, dict[str, float]], tmp_path: Path):
+def test_evaluation_on_other_classes_is_refused(saved: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="expected 10 classes, as the model has, got 3"):
-        evaluate.run(str(trained[0]), name="npz", path=three_classes(tmp_path))
+        evaluate.run(str(saved), name="npz", path=three_classes(tmp_path))
 
 
 def three_classes(folder: Path) -> str:

@@ -35,7 +35,8 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("parameters", [pytest.param("ema", marks=pytest.mark.full), "raw"])
+@pytest.mark.full
+@pytest.mark.parametrize("parameters", ["ema", "raw"])
 def test_a_classifier_computes_the_same(runs: Path, parameters: str):
     run = load_run(runs / "classifier", parameters=parameters)
     assert (run.description["task"], run.step, run.parameters) == ("classification", 2, parameters)

@@ -118,6 +118,7 @@ def verdict_of(function, dtype="float32", shape=TINY) -> Verdict:
     return case.compare(jax.jit(case.program()), case.draw(jax.random.key(0)))
 
 
+@pytest.mark.full
 def test_gate_sees_each_gradient_and_not_a_number():
     @jax.custom_vjp
     def scan(x, logits, lam):

@@ -49,6 +49,7 @@ def test_the_other_mixers_run_and_name_their_form():
     assert all(row["note"] == mixers.OTHERS[row["candidate"]] for row in rows)
 
 
+@pytest.mark.full
 def test_gate_sees_each_gradient_and_errors_in_its_part(monkeypatch):
     monkeypatch.setattr(mixers, "MOST_VALUES", 3 * 4 * 4)
     assert checked_part(TINY) == (1, 4)
