@@ -12,7 +12,6 @@ from tests.pallas_kernels.mosaic import cases, propagation_cases
 from tests.pallas_kernels.mosaic.propagation_cases import AXES, IN_TURN, TILES, check, covering, product
 from tests.pallas_kernels.mosaic.test_compiled import assert_sound
 
-
 RANDOM = 100  # cases drawn from the product; TEST_SEED=1 draws others
 
 
