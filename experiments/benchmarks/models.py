@@ -32,6 +32,7 @@ class Timing(NamedTuple):
     compile_s: float
     median_s: float
     least_s: float
+    cpu_s: float  # mean of a run: of all cores for this process
     compiled_mib: int | None  # arguments, results and temporaries; None where the compiler does not say
 
 
@@ -117,16 +118,17 @@ def timed(function: Callable[..., Any], *args: Any, repeats: int) -> Timing:
     compiled = jax.jit(function).lower(*args).compile()
     compile_s = time.perf_counter() - start
     jax.block_until_ready(compiled(*args))
-    times = []
+    times, cpu_start = [], time.process_time()
     for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(compiled(*args))
         times.append(time.perf_counter() - start)
-    memory = compiled.memory_analysis()
-    needed = None
+    cpu_s = (time.process_time() - cpu_start) / repeats
+    memory, mib = compiled.memory_analysis(), None
     if memory is not None:
         needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return Timing(compile_s, statistics.median(times), min(times), None if needed is None else round(needed / 2**20))
+        mib = round(needed / 2**20)
+    return Timing(compile_s, statistics.median(times), min(times), cpu_s, mib)
 
 
 def run(names: Sequence[str], output: str | None, **options: Any) -> list[dict[str, Any]]:

@@ -4,8 +4,9 @@
         --output=experiments/results/unet.csv
 
 Parameters, latents and text are random. gmacs: multiply-adds of matrix products, convolutions and propagations. Times
-are those of the host's clock around whole calls, after a warm-up; a machine that runs other programs makes least_s the
-better figure. compiled_mib: arguments, results and temporaries of the compiled program.
+are those of the host's clock around whole calls, after a warm-up. On a machine that runs other programs (load: how many
+in the last minute) least_s is the better figure, and cpu_s: what all cores worked for a call. compiled_mib: arguments,
+results and temporaries of the compiled program.
 """
 
 import functools
@@ -96,6 +97,7 @@ def benchmark(
         "compile_s": round(found.compile_s, 1),
         "median_s": float(f"{found.median_s:.4g}"),
         "least_s": float(f"{found.least_s:.4g}"),
+        "cpu_s": float(f"{found.cpu_s:.4g}"),
         "compiled_mib": "" if found.compiled_mib is None else found.compiled_mib,
         "load": round(os.getloadavg()[0], 1),
     }

@@ -4,7 +4,7 @@
 
 Writes OUTPUT.csv and OUTPUT.md with a row for each network and mixer at the network's own size of images, in bfloat16
 with batch 2: one image under classifier-free guidance. "gspn_qkv" is GSPN with query, key and value. Needs
-requirements-gpu-compile.txt and no GPU; a call takes one to ten minutes. No column is a time measured on a GPU.
+requirements-gpu-compile.txt and no GPU; a call takes one to five minutes. No column is a time measured on a GPU.
 """
 
 from collections.abc import Mapping, Sequence

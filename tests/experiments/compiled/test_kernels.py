@@ -40,6 +40,13 @@ def test_layers_have_all_variants():
     assert len(scans) == 2 * 2 * 2 * 2 and str(scans[0]) == "tiny right forward from_logits bfloat16"
 
 
+def test_layers_that_differ_in_rank_share_the_kernels_that_read_maps():
+    pair = [BY_NAME["unet_8_c1280"], BY_NAME["unet_8_c1280_qkv"]]
+    listed = [(program.shape, program.operation) for program in programs(pair, [], ["bfloat16"])]
+    assert {operation for shape, operation in listed if shape == pair[0]} == set(VARIANTS)
+    assert {operation for shape, operation in listed if shape == pair[1]} == {"low_rank", "low_rank_on_chip"}
+
+
 def test_small_layers_have_kernels_on_chip():
     small = [
         shape for shape in LAYERS if shape.height <= 32 and shape.name.startswith("gspn") and "nano" not in shape.name
