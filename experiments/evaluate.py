@@ -53,6 +53,10 @@ def run(
         changes = {"resize": 0, **changes}
     described = loaded.description["data"]
     described.update(changes)
+    if loaded.task_name == "text_to_image":
+        raise ValueError(
+            f"workdir: expected a run of classification or generation, got one of text_to_image: {workdir}"
+        )
     dataset = data.load(described["name"], described["path"] or None)
     if dataset.num_classes != loaded.num_classes:
         raise ValueError(f"data: expected {loaded.num_classes} classes, as the model has, got {dataset.num_classes}")

@@ -51,13 +51,13 @@ def define_flags() -> None:
     flags.DEFINE_float("strength", None, "With --image: share of the steps that run; by default 0.8.")
     flags.DEFINE_enum("mixer", None, list(MIXERS), "What takes the place of self-attention; by default attention.")
     flags.DEFINE_string("replacements", None, "File or folder of the mixer's released parameters.")
-    flags.DEFINE_enum("alignment", None, ["aligned", "unturned"], "Of GSPN; by default unturned if released.")
+    flags.DEFINE_enum("alignment", None, ["aligned", "unturned"], "Of GSPN; by default unturned with --replacements.")
     flags.DEFINE_integer("chunk", 4, "Lines after which GSPN's scans restart; 0: never.", lower_bound=0)
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Of parameters and computation.")
     flags.DEFINE_string("model_config", None, "For a single file: folder with its configurations and tokenizers.")
     flags.DEFINE_list("original_size", [], "SDXL: HEIGHT,WIDTH of the training image; by default the image's size.")
     flags.DEFINE_list("target_size", [], "SDXL: HEIGHT,WIDTH after the crop; by default the image's size.")
-    flags.DEFINE_list("crop", ["0", "0"], "SDXL: TOP,LEFT of the crop.")
+    flags.DEFINE_list("crop", [], "SDXL: TOP,LEFT of the crop; by default none.")
     flags.DEFINE_bool("fsdp", False, "Shards the UNet's parameters over the devices.")
 
 

@@ -1,6 +1,7 @@
 """Checks of what a pipeline is called with."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -35,16 +36,19 @@ def warn_of_cut(texts: Sequence[str], tokenizer: Tokenizer) -> None:
     for text in dict.fromkeys(texts):
         cut = tokenizer.cut(text)
         if cut:
-            logging.warning("a prompt has more than %d tokens; these words are cut: %s", tokenizer.length - 2, cut)
+            most = tokenizer.length - 2
+            logging.warning("the prompt %r has more than %d tokens; these words are cut: %s", text[:40], most, cut)
 
 
 def images(image: Any, count: int, autoencoder: Autoencoder) -> np.ndarray:
     """Returns images or latents (count, H, W, 3 or 4) float32; one serves all. ValueError for other shapes."""
-    array = np.asarray(image)
-    array = (array[None] if array.ndim == 3 else array).astype(np.float32)
-    channels = autoencoder.channels
-    if array.ndim != 4 or array.shape[-1] not in (channels, autoencoder.latent_channels):
-        raise ValueError(f"image: expected (H, W, {channels}) or (B, H, W, {channels}), got {np.shape(image)}")
+    array, channels, of_latents = np.asarray(image), autoencoder.channels, autoencoder.latent_channels
+    array = (array[None] if array.ndim == 3 and array.shape[-1] == channels else array).astype(np.float32)
+    if array.ndim != 4 or array.shape[-1] not in (channels, of_latents):
+        raise ValueError(
+            f"image: expected (H, W, {channels}), (B, H, W, {channels}) or latents (B, h, w, {of_latents}), "
+            f"got {np.shape(image)}"
+        )
     if len(array) not in (1, count):
         raise ValueError(f"image: expected 1 or {count}, as there are images to draw, got {len(array)}")
     if not np.isfinite(array).all() or (array.shape[-1] == channels and (array.min() < 0 or array.max() > 1)):
@@ -55,6 +59,7 @@ def images(image: Any, count: int, autoencoder: Autoencoder) -> np.ndarray:
 def latent_shape(
     autoencoder: Autoencoder,
     image: np.ndarray | None,
+    noise: Any,
     height: int | None,
     width: int | None,
     *,
@@ -65,7 +70,8 @@ def latent_shape(
     Args:
         autoencoder: gives factor and channels.
         image: images or latents to start from, as `images` returns them, or None.
-        height, width: in pixels; None: those of the images, else the default.
+        noise: (B, h, w, C) or None.
+        height, width: in pixels; None: those of the images or the noise, else the default.
         default: (height, width) in pixels.
 
     Raises:
@@ -75,15 +81,33 @@ def latent_shape(
     if image is not None:
         scale = 1 if image.shape[-1] == autoencoder.channels else factor
         own = (image.shape[1] * scale, image.shape[2] * scale)
+    if np.ndim(noise) == 4:
+        default = (np.shape(noise)[1] * factor, np.shape(noise)[2] * factor)
     sides = []
     for axis, (name, asked) in enumerate((("height", height), ("width", width))):
         side = (own or default)[axis] if asked is None else asked
-        if side < factor or side % factor:
+        if not isinstance(side, Integral) or side < factor or side % factor:
             raise ValueError(f"{name}: expected a multiple of {factor}, got {side}")
         if own is not None and side != own[axis]:
             raise ValueError(f"{name}: expected {own[axis]}, as the image has, got {side}")
-        sides.append(side // factor)
+        sides.append(int(side) // factor)
     return sides[0], sides[1], autoencoder.latent_channels
+
+
+def noise(array: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns noise as float32; ValueError for another shape, NaN or Inf."""
+    if np.shape(array) != shape:
+        raise ValueError(f"noise: expected shape {shape}, got {np.shape(array)}")
+    if not np.isfinite(array).all():
+        raise ValueError("noise: expected finite numbers, got NaN or Inf")
+    return np.asarray(array, np.float32)
+
+
+def counts(**values: Any) -> None:
+    """Raises ValueError for what is neither a whole number of at least 1 nor None."""
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
 def finite(name: str, array: np.ndarray) -> np.ndarray:
@@ -93,13 +117,20 @@ def finite(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def sizes(**pairs: Sequence[int]) -> tuple[int, ...]:
-    """Returns the numbers of the pairs, in their order; ValueError for what is not two whole numbers of at least 0."""
+def sizes(default: tuple[int, int], *, is_used: bool, **pairs: Sequence[int] | None) -> tuple[int, ...]:
+    """Returns six numbers: of each pair, the default for a pair that is None.
+
+    Raises:
+        ValueError: a pair that is not two whole numbers of at least 0, or any if the model does not use them.
+    """
+    pairs = {name: default if pair is None else pair for name, pair in pairs.items() if is_used or pair is not None}
     for name, pair in pairs.items():
+        if not is_used:
+            raise ValueError(f"{name}: expected None, since this model takes no sizes, got {pair}")
         values = np.asarray(pair)
         if values.shape != (2,) or values.dtype.kind not in "iu" or values.min() < 0:
             raise ValueError(f"{name}: expected two whole numbers of at least 0, got {pair!r}")
-    return tuple(int(value) for pair in pairs.values() for value in pair)
+    return tuple(int(value) for pair in pairs.values() if pair is not None for value in pair)
 
 
 def strength(value: float | None, num_steps: int, *, has_image: bool) -> float | None:

@@ -41,10 +41,11 @@ def load_parts(
     dtype: Any = jnp.float32,
     config: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    initial: str = "teacher",
 ) -> Parts:
     """Loads a model; see `TextToImage.load` for arguments and errors."""
     source = os.fspath(source)
-    given: dict[str, Any] = dict(mixer=mixer, alignment=alignment, chunk=chunk, options=options)
+    given: dict[str, Any] = dict(mixer=mixer, alignment=alignment, chunk=chunk, options=options, initial=initial)
     released = _released(replacements)
     if (Path(source) / "checkpoints").is_dir():
         if config is not None:
@@ -70,12 +71,13 @@ def build_parts(
     chunk: int | None = 4,
     dtype: Any = jnp.float32,
     options: Mapping[str, Any] | None = None,
+    initial: str = "teacher",
 ) -> Parts:
     """Builds a model of its files.
 
     Args:
         published: the files.
-        mixer, alignment, chunk, dtype, options: see `TextToImage.load`.
+        mixer, alignment, chunk, dtype, options, initial: see `TextToImage.load`.
         released: parameters of the mixers; None for new ones.
 
     Raises:
@@ -105,8 +107,14 @@ def build_parts(
             chunk=chunk,
             dtype=dtype,
             mixer_options=options,
-        ),  # fmt: skip
+            initial=initial,
+        ),
         mixer=mixer if isinstance(mixer, str) else "",
+        mixer_options={
+            **{key: str(value) for key, value in (options or {}).items()},
+            "alignment": alignment,
+            "chunk": chunk,
+        },
         latent_scale=autoencoder.get("scaling_factor", 0.18215),
         scheduler=configs["scheduler"],
         zero_negative=bool(configs["model_index"].get("force_zeros_for_empty_prompt", len(towers) == 2)),

@@ -16,6 +16,7 @@ class Parts:
     Attributes:
         unet: the denoiser of latents.
         mixer: name of what its transformers have as self-attention, "" for a callable.
+        mixer_options: how the mixers were built, as JSON values.
         text_encoders: one tower (Stable Diffusion 1.5), or two (SDXL).
         tokenizers: of each tower.
         autoencoder: of images.
@@ -27,6 +28,7 @@ class Parts:
 
     unet: UNet
     mixer: str
+    mixer_options: Mapping[str, Any]
     text_encoders: tuple[CLIPText, ...]
     tokenizers: tuple[Tokenizer, ...]
     autoencoder: Autoencoder

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Self
 
 import jax
@@ -53,7 +54,7 @@ class TextToImage:
 
     Attributes:
         parts: see the arguments.
-        size: (height, width) in pixels of images for which no size is asked.
+        size: default (height, width) of images, in pixels.
     """
 
     def __init__(self, parts: Parts, *, fsdp: bool = False):
@@ -79,6 +80,7 @@ class TextToImage:
         dtype: Any = jnp.float32,
         config: str | os.PathLike[str] | None = None,
         fsdp: bool = False,
+        initial: str = "teacher",
         **options: Any,
     ) -> Self:
         """Loads a model.
@@ -98,6 +100,7 @@ class TextToImage:
             config: single files only: a folder with the configurations and tokenizers, in the layout of diffusers. None
                 takes those of Stable Diffusion 1.5 and SDXL, and fetches the tokenizers from the hub.
             fsdp: see the class.
+            initial: of new mixers: "teacher" takes layers over from the attention, "random" takes none.
             options: further options of the mixers, such as `proxy_rank`.
 
         Raises:
@@ -105,7 +108,7 @@ class TextToImage:
         """
         parts = load_parts(
             source, mixer=mixer, replacements=replacements, alignment=alignment, chunk=chunk, dtype=dtype,
-            config=config, options=options,
+            config=config, options=options, initial=initial,
         )  # fmt: skip
         return cls(parts, fsdp=fsdp)
 
@@ -127,7 +130,7 @@ class TextToImage:
         output: str = "image",
         original_size: tuple[int, int] | None = None,
         target_size: tuple[int, int] | None = None,
-        crop: tuple[int, int] = (0, 0),
+        crop: tuple[int, int] | None = None,
         numbers: Sequence[int] | np.ndarray | None = None,
         batch_size: int | None = None,
         progress: bool = True,
@@ -144,14 +147,14 @@ class TextToImage:
             sampler: "pndm", "ddim", "euler", "dpmpp" or "deis"; None takes the model's own.
             seed: of the noise, 0 to 2**31 - 1.
             noise: standard normal, (B, height / 8, width / 8, 4) for the B images; None draws it from the seed.
-            height, width: of the images in pixels, multiples of 8. None: as trained, or the size of `image`.
+            height, width: of the images in pixels, multiples of 8. None: those of `image` or `noise`, else as trained.
             image: starts from images instead of noise (SDEdit): (H, W, 3) or (B, H, W, 3), floats 0 to 1; or their
                 latents (B, H / 8, W / 8, 4) as the UNet sees them.
             strength: with `image`: share of the steps that run, above 0 and at most 1; None: 0.8.
             num_images: images of each prompt, one after another.
             output: "image", or "latents" as the UNet sees them.
             original_size, target_size, crop: SDXL's micro-conditioning: (height, width) of the training image before
-                and after its crop, and the crop's (top, left). None: the size of the images.
+                and after its crop, and the crop's (top, left). None: the size of the images, and no crop.
             numbers: (B,) whole numbers, which with the seed determine the noise of each image; None: 0, 1, ...
             batch_size: images at a time; None: all.
             progress: shows a progress bar.
@@ -164,10 +167,9 @@ class TextToImage:
         """
         prompts, negatives = arguments.prompts(prompt, negative_prompt)
         guidance = self.parts.default_guidance if guidance is None else guidance
-        if not np.isfinite(guidance):
-            raise ValueError(f"guidance: expected a finite number, got {guidance}")
-        if num_images < 1 or (batch_size is not None and batch_size < 1):
-            raise ValueError(f"num_images, batch_size: expected at least 1, got {num_images} and {batch_size}")
+        if not isinstance(guidance, Real) or not np.isfinite(guidance):
+            raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
+        arguments.counts(num_steps=num_steps, num_images=num_images, batch_size=batch_size)
         if output not in OUTPUTS:
             raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}; got {output!r}")
         if not 0 <= seed < 2**31:
@@ -175,14 +177,16 @@ class TextToImage:
         count = len(prompts) * num_images
         autoencoder = self.parts.autoencoder
         images = None if image is None else arguments.images(image, count, autoencoder)
-        shape = arguments.latent_shape(autoencoder, images, height, width, default=self.size)
+        shape = arguments.latent_shape(autoencoder, images, noise, height, width, default=self.size)
         strength = arguments.strength(strength, num_steps, has_image=images is not None)
         drawing = Drawing(self.scheduler(sampler).name, num_steps, strength, guidance != 1)
-        if noise is not None and np.shape(noise) != (count, *shape):
-            raise ValueError(f"noise: expected shape {(count, *shape)}, got {np.shape(noise)}")
+        noise = None if noise is None else arguments.noise(noise, (count, *shape))
         pixels = (shape[0] * autoencoder.factor, shape[1] * autoencoder.factor)
-        original, target = (pixels if size is None else size for size in (original_size, target_size))
-        sizes = arguments.sizes(original_size=original, crop=crop, target_size=target)
+        is_used = len(self.parts.text_encoders) == 2
+        crop = (0, 0) if is_used and crop is None else crop
+        sizes = arguments.sizes(
+            pixels, is_used=is_used, original_size=original_size, crop=crop, target_size=target_size
+        )
         arguments.warn_of_cut([*prompts, *(negatives or [])], self.parts.tokenizers[0])
 
         numbers = np.arange(count) if numbers is None else np.asarray(numbers)
@@ -199,7 +203,7 @@ class TextToImage:
                     [prompts[n] for n in of_prompt],
                     None if negatives is None else [negatives[n] for n in of_prompt],
                     drawing, guidance, seed, numbers[part], shape, sizes,
-                    noise=None if noise is None else np.asarray(noise)[part],
+                    noise=None if noise is None else noise[part],
                     image=None if images is None else images[part],
                 )  # fmt: skip
                 latents = latents[: count - start]
@@ -252,7 +256,9 @@ class TextToImage:
         """Returns what defines the images of a call as JSON values: the networks' hash, mixer, dtype and arguments."""
         return {
             "parameters": self._hash,
-            "mixer": self.parts.mixer,
+            "mixer": {"name": self.parts.mixer, **self.parts.mixer_options},
+            "scheduler": dict(self.parts.scheduler),
+            "latent_scale": self.parts.latent_scale,
             "dtype": self.parts.unet.dtype.name,
             "sampler": self.scheduler(sampler).name,
             "guidance": self.parts.default_guidance if guidance is None else guidance,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gspn_jax.weights.files import local_file, read_arrays, read_names
+from gspn_jax.weights.files import read_arrays, read_names
 from gspn_jax.weights.single_file import UNET_START, split_single_file
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -102,6 +102,8 @@ def read_published(source: str, config: str | None = None) -> Published:
             configs,
             _tokenizers(folder, configs),
         )
+    if not source.startswith("hf://") and not Path(source).exists():
+        raise ValueError(f"source: expected a folder, a file, or hf://owner/name, got {source}, which does not exist")
     if Path(source).is_dir():
         raise ValueError(f"source: expected a folder with a model_index.json, or a file, got {source}")
     arrays: dict[str, Mapping[str, Any]] = {**split_single_file(read_arrays(source))}
@@ -185,8 +187,10 @@ def _snapshot(source: str, patterns: list[str], argument: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(local_file(path).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"source: expected a file {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"source: expected a JSON object in {path}: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"source: expected a JSON object in {path}, got a {type(value).__name__}")

@@ -25,15 +25,15 @@ _LAYER_LINEARS = [
     ("narrow", "mlp.fc2"),
 ]  # fmt: skip
 
+_LARGEST_ID = 2  # an eos_token_id that old configs hold by mistake; programs then take the largest id instead
 # Values of the keys that a config leaves out, as transformers' CLIPTextConfig has them.
 _DEFAULTS = {
     "model_type": "clip_text_model",
     "num_attention_heads": 8,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
+    "eos_token_id": _LARGEST_ID,  # theirs is 49407, in their vocabulary the same
 }
-_LARGEST_ID = 2  # an eos_token_id that old configs hold by mistake; programs then take the largest id instead
 
 
 def clip_text(arrays: Mapping[str, Any], config: Mapping[str, Any], *, dtype: jnp.dtype = jnp.float32) -> CLIPText:

@@ -140,8 +140,8 @@ def test_cut_words_are_named(goldens: dict[str, Golden], monkeypatch: pytest.Mon
     words = " ".join(f"word{number}" for number in range(60))
     goldens["sd15"].pipeline(words, num_steps=1, output="latents", progress=False)
     (line,) = warned
-    assert line.startswith("a prompt has more than 75 tokens; these words are cut: ") and line.endswith("word59")
-    assert "word0 " not in line
+    start = f"the prompt {words[:40]!r} has more than 75 tokens; these words are cut: "
+    assert line.startswith(start) and line.endswith("word59") and "word0" not in line.removeprefix(start)
 
 
 @pytest.mark.parametrize("options,words", [
@@ -149,24 +149,46 @@ def test_cut_words_are_named(goldens: dict[str, Golden], monkeypatch: pytest.Mon
     (dict(prompt=3), "prompt: expected a text or several, got 3"),
     (dict(negative_prompt=["a", "b"]), "negative_prompt: expected one text or 1, got 2"),
     (dict(guidance=float("nan")), "guidance: expected a finite number, got nan"),
+    (dict(guidance="7"), "guidance: expected a finite number, got '7'"),
     (dict(sampler="ddpm"), "sampler: expected one of pndm, ddim, euler, dpmpp, deis; got 'ddpm'"),
-    (dict(num_steps=0), "num_steps: expected 1 to 1000, got 0"),
+    (dict(num_steps=0), "num_steps: expected a whole number of at least 1, got 0"),
+    (dict(num_steps=2.5), "num_steps: expected a whole number of at least 1, got 2.5"),
+    (dict(num_steps=1001), "num_steps: expected 1 to 1000, got 1001"),
+    (dict(height=64.0), "height: expected a multiple of 8, got 64.0"),
+    (dict(noise=np.full((1, 8, 8, 4), np.nan)), "noise: expected finite numbers"),
+    (dict(image=np.zeros((64, 64, 4))), r"or latents \(B, h, w, 4\), got \(64, 64, 4\)"),
     (dict(seed=-1), r"seed: expected 0 to 2\*\*31 - 1, got -1"),
     (dict(height=60), "height: expected a multiple of 8, got 60"),
     (dict(width=0), "width: expected a multiple of 8, got 0"),
-    (dict(noise=np.zeros((1, 4, 8, 8))), r"noise: expected shape \(1, 8, 8, 4\), got \(1, 4, 8, 8\)"),
+    (dict(noise=np.zeros((1, 4, 8, 8))), r"noise: expected shape \(1, 4, 8, 4\), got \(1, 4, 8, 8\)"),
     (dict(strength=0.5), "strength: expected None without an image, got 0.5"),
     (dict(image=np.zeros((64, 64, 3)), strength=0.0), "strength: expected at least 1 / 50 and at most 1, got 0.0"),
-    (dict(image=np.zeros((64, 64))), r"image: expected \(H, W, 3\) or \(B, H, W, 3\), got \(64, 64\)"),
+    (dict(image=np.zeros((64, 64))), r"image: expected \(H, W, 3\), \(B, H, W, 3\) or latents .*, got \(64, 64\)"),
     (dict(image=np.full((64, 64, 3), 255)), "image: expected numbers from 0 to 1, got 255.0 to 255.0"),
     (dict(image=np.zeros((64, 64, 3)), height=72), "height: expected 64, as the image has, got 72"),
     (dict(image=np.zeros((2, 64, 64, 3))), "image: expected 1 or 1, as there are images to draw, got 2"),
     (dict(output="pixels"), "output: expected one of image, latents; got 'pixels'"),
-    (dict(crop=(0, -1)), r"crop: expected two whole numbers of at least 0, got \(0, -1\)"),
-    (dict(original_size=512), "original_size: expected two whole numbers of at least 0, got 512"),
-    (dict(num_images=0), "num_images, batch_size: expected at least 1, got 0 and None"),
+    (dict(crop=(0, 1)), r"crop: expected None, since this model takes no sizes, got \(0, 1\)"),
+    (dict(num_images=0), "num_images: expected a whole number of at least 1, got 0"),
     (dict(numbers=[0, 1]), r"numbers: expected 1 whole numbers, got int64 \(2,\)"),
 ])  # fmt: skip
 def test_bad_arguments(goldens: dict[str, Golden], options: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         goldens["sd15"].pipeline(**{"prompt": "a cat", **options})
+
+
+@pytest.mark.parametrize("options,words", [
+    (dict(crop=(0, -1)), r"crop: expected two whole numbers of at least 0, got \(0, -1\)"),
+    (dict(original_size=512), "original_size: expected two whole numbers of at least 0, got 512"),
+])  # fmt: skip
+def test_bad_sizes_of_sdxl(goldens: dict[str, Golden], options: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        goldens["sdxl"].pipeline("a cat", **options)
+
+
+def test_settings_tell_what_changes_an_image(goldens: dict[str, Golden]):
+    pipeline = goldens["sd15"].pipeline
+    settings = pipeline.settings(num_steps=3)
+    assert settings["mixer"] == {"name": "attention", "alignment": None, "chunk": 4}
+    assert (settings["guidance"], settings["sampler"], settings["size"]) == (7.5, "pndm", [64, 64])
+    assert settings["scheduler"]["beta_end"] == 0.012 and len(settings["parameters"]) == 64

@@ -97,7 +97,7 @@ def test_names_of_all_ages_are_read():
 def test_where_the_pooled_vector_is_read():
     """Old configs name id 2, and mean the largest; others name the id itself, of which the first counts."""
     arrays, _ = golden("l")
-    assert clip_text(arrays, {}).end == 49407
+    assert clip_text(arrays, {}).end is None and clip_text(arrays, {"eos_token_id": 49407}).end == 49407
     ids = np.array([[95, 2, 9, 96, 5, 96], [95, 3, 9, 9, 5, 3]])
     for end, positions in ((2, (3, 0)), (3, (0, 1))):
         got = run(clip_text(arrays, CONFIGS["l"] | {"eos_token_id": end}), ids)

@@ -21,9 +21,7 @@ def fingerprints(tree: Any) -> dict[str, jax.Array]:
 def finite(tree: Any) -> dict[str, jax.Array]:
     """Returns path -> () bool: whether all numbers of the array are finite, for floating-point arrays. Traceable."""
     return {
-        path: _is_finite(leaf)
-        for path, leaf in leaves_by_path(tree).items()
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        path: _is_finite(leaf) for path, leaf in leaves_by_path(tree).items() if jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
 
 
