@@ -115,6 +115,7 @@ def test_features_are_the_input_of_the_head(classifier: Any):
     np.testing.assert_allclose(classifier.head(features), call(classifier, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_a_classifier_is_exported_with_a_symbolic_batch(classifier: Any):
     graph, state = nnx.split(classifier)
     (batch,) = jax.export.symbolic_shape("batch")

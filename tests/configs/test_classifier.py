@@ -96,7 +96,7 @@ def test_a_resize_below_the_image_size_is_an_error_before_anything_starts():
     ("model.widths", (0, 8, 8), "widths: expected integers of at least 1, got (0, 8, 8)"),
     ("model.depths", (-1, 1, 1), "depths: expected integers of at least 1, got (-1, 1, 1)"),
     ("model.mlp_ratio", 0.0, "mlp_ratio: expected a number above 0, got 0.0"),
-    ("task", "dance", "task: expected one of classification, generation; got 'dance'"),
+    ("task", "dance", "task: expected one of classification, generation, text_to_image; got 'dance'"),
     ("task", "generation", "task: expected classification, as this file configures, got generation"),
     ("epochs", 0, "epochs: expected at least 1, got 0"),
     ("steps", -1, "steps: expected an integer >= 0, got -1"),

@@ -75,6 +75,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.full
 def test_no_shared_memory_is_left_behind(tmp_path: Path):
     """Checks that Python's resource tracker does not complain at the end of a program."""
     (tmp_path / "program.py").write_text(PROGRAM)

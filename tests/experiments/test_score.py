@@ -49,6 +49,7 @@ def test_scores_name_their_files_and_settings(tmp_path: Path, monkeypatch: pytes
         score.with_inception(path, "none.safetensors", path)
 
 
+@pytest.mark.full
 def test_a_classifier_knows_its_own_images(tmp_path: Path):
     description = {
         "model": {

@@ -56,7 +56,7 @@ def test_local_and_global_blocks_by_the_released_rule(name, stages):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.full if name in ("gspn_s", "gspn_b") else ())
+    pytest.param(name, marks=() if name == "gspn_nano" else pytest.mark.full)
     for name in list_models() if models.PRESETS[name].network == "classifier"
 ])  # fmt: skip
 def test_odd_sizes_and_stage_maps(name):
@@ -72,9 +72,9 @@ def test_odd_sizes_and_stage_maps(name):
     assert nnx.eval_shape(lambda m, x: m(x), model, image).shape == (2, 1000)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mixer,size", [
-    pytest.param("gspn", (50, 38), marks=pytest.mark.full), ("gspn", (1, 1)),
-    pytest.param("attention", (7, 64), marks=pytest.mark.full),
+    ("gspn", (50, 38)), ("gspn", (1, 1)), ("attention", (7, 64)),
 ])  # fmt: skip
 def test_any_size_gives_finite_logits_that_depend_on_every_corner(mixer, size):
     model = tiny(mixer=mixer, **({"proxy_rank": None} if mixer == "attention" else {}))

@@ -169,6 +169,7 @@ def test_linear_in_x(size, chunk, direction, seed, scale):
         assert_close(scan(x + scale * other), scan(x) + scale * scan(other))
 
 
+@pytest.mark.full
 @hypothesis.given(
     size=SIZES, direction=st.sampled_from(DIRECTIONS),
     seed=st.integers(0, 99), scale=st.sampled_from([0.1, 3.0, 40.0]),

@@ -139,6 +139,7 @@ def test_gate_sees_each_gradient_and_not_a_number():
     assert verdict_of(lambda *inputs, **options: XLA.function(*inputs, **options), "bfloat16").passed
 
 
+@pytest.mark.full
 def test_gate_on_a_part_finds_an_error_in_it(monkeypatch):
     monkeypatch.setattr(scans, "MOST_VALUES", 3 * 4 * 4)
     shape = KernelShape("cut", 3, 3, 4, 8, 4)

@@ -22,6 +22,7 @@ def usual_promotion():
         yield
 
 
+@pytest.mark.full
 def test_dry_run_writes_every_case_and_no_device_time(tmp_path, capsys):
     candidates = ("flash_attention", "xla", "linear_attention")
     options = Options(output=str(tmp_path / "out.csv"), seed=1, repeats=3)

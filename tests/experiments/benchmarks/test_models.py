@@ -1,4 +1,5 @@
 import jax
+import pytest
 import jax.numpy as jnp
 from flax import nnx
 
@@ -20,6 +21,7 @@ def test_counts_of_single_operations():
     assert multiply_adds(jax.jit(lambda a: jax.lax.map(lambda b: b @ jnp.zeros((4, 7)), a)), x) == 2 * 8 * 6 * 4 * 7
 
 
+@pytest.mark.full
 def test_gspn_t_has_the_papers_multiply_adds():
     """5.24 G in convolutions and linear layers by the released code, 5.3 in the paper's table."""
     model = nnx.eval_shape(lambda: models.create_model("gspn_t", num_classes=1000, rngs=nnx.Rngs(0)))
