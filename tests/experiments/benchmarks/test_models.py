@@ -1,6 +1,6 @@
 import jax
-import pytest
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 from experiments.benchmarks.models import multiply_adds, propagation_multiply_adds
