@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gspn_jax.weights.files import read_arrays, read_names
+from gspn_jax.weights.files import open_arrays, read_names
 from gspn_jax.weights.single_file import UNET_START, split_single_file
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -106,7 +106,7 @@ def read_published(source: str, config: str | None = None) -> Published:
         raise ValueError(f"source: expected a folder, a file, or hf://owner/name, got {source}, which does not exist")
     if Path(source).is_dir():
         raise ValueError(f"source: expected a folder with a model_index.json, or a file, got {source}")
-    arrays: dict[str, Mapping[str, Any]] = {**split_single_file(read_arrays(source))}
+    arrays: dict[str, Mapping[str, Any]] = {**split_single_file(open_arrays(source))}
     if config is None:
         name = "SDXL" if "text_encoder_2" in arrays else "Stable Diffusion 1.5"
         configs, folder = dict(CONFIGS[name]), _tokenizers_from_hub(name)
@@ -137,7 +137,7 @@ def _network(folder: Path) -> Mapping[str, Any]:
     names = [f"{stem}{end}" for end in _ENDS for stem in _STEMS] + ["pytorch_model.bin"]
     for name in names:
         if (folder / name).is_file():
-            return read_arrays(folder / name)
+            return open_arrays(folder / name)
     raise ValueError(f"source: expected parameters in {folder}, such as {names[0]} or {names[1]}; got none")
 
 

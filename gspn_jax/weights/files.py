@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +48,59 @@ def read_arrays(source: str | os.PathLike[str], *, argument: str = "source") -> 
         raise ValueError(f"{argument}: expected a safetensors, .pt or .pth file, got {source}: {words}") from error
 
 
+class SafetensorsArrays(Mapping[str, np.ndarray]):
+    """The tensors of a .safetensors file by name; each is read when it is asked for, and not kept.
+
+    float16 and bfloat16 become float32, as in `read_arrays`.
+
+    Raises:
+        ValueError: a damaged file, or a tensor with a dtype of 8 bits.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            self._file = safe_open(path, framework="numpy")
+            self._names = dict.fromkeys(self._file.keys())
+            for name in self._names:
+                dtype = self._file.get_slice(name).get_dtype()
+                if dtype not in _SAFETENSORS_DTYPES:
+                    raise ValueError(f"tensor {name[:200]} has dtype {dtype}")
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return _widened(self._file.get_tensor(name))
+
+    def __contains__(self, name: object) -> bool:  # Mapping's would read the tensor
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_arrays(source: str | os.PathLike[str], *, argument: str = "source") -> Mapping[str, np.ndarray]:
+    """Returns what `read_arrays` does, and raises the same; reads tensors of a .safetensors file when they are asked for."""
+    path = local_file(source, argument=argument)
+    if path.suffix != ".safetensors":
+        return read_arrays(source, argument=argument)
+    try:
+        return SafetensorsArrays(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: expected a safetensors file, got {source}: {error}") from error
+
+
 def read_names(source: str | os.PathLike[str], *, argument: str = "source") -> list[str]:
     """Returns the names that `read_arrays` would give; reads no tensor of a .safetensors file.
 
     Raises:
         ValueError: as `read_arrays`.
     """
-    path = local_file(source, argument=argument)
-    if path.suffix != ".safetensors":
-        return list(read_arrays(source, argument=argument))
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{argument}: expected a safetensors file, got {source}: {error}") from error
+    return list(open_arrays(source, argument=argument))
 
 
 def local_file(source: str | os.PathLike[str], *, argument: str = "source") -> Path:
@@ -118,7 +158,7 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
             if start.startswith(_ZIP_START) or start == LEGACY_START:
                 torch_file = TorchFile(file)
                 return torch_file.arrays(_tensors(torch_file.tree))
-        return _read_safetensors(path)
+        return dict(SafetensorsArrays(path))
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
 
@@ -156,20 +196,6 @@ def _module_tensors(module: StandIn) -> dict[str, Tensor]:
             elif isinstance(value, Tensor):
                 found[name] = value
     return found
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    arrays = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118, it is no dict
-                dtype = file.get_slice(name).get_dtype()
-                if dtype not in _SAFETENSORS_DTYPES:
-                    raise ValueError(f"tensor {name[:200]} has dtype {dtype}")
-                arrays[name] = file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    return arrays
 
 
 def _read_shards(source: str, path: Path) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gspn_jax.weights import local_file, read_arrays
+from gspn_jax.weights.files import open_arrays
 
 ONES, ROWS = np.ones(3, np.float32), np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -26,7 +27,11 @@ def test_safetensors_of_all_dtypes(tmp_path):
     short = {"half": ROWS.astype(np.float16), "brain": ROWS.astype(ml_dtypes.bfloat16)}
     save_file(arrays | short | {"number": np.array(2, np.int64)}, tmp_path / "a.fp16.safetensors")
     got = read_arrays(tmp_path / "a.fp16.safetensors")
-    assert_same(got, arrays | {"half": ROWS, "brain": ROWS, "number": np.array(2, np.int64)})
+    want = arrays | {"half": ROWS, "brain": ROWS, "number": np.array(2, np.int64)}
+    assert_same(got, want)
+    opened = open_arrays(tmp_path / "a.fp16.safetensors")
+    assert_same(opened, want)
+    assert "none" not in opened and len(opened) == len(want) and opened.get("none") is None
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "C64"])
@@ -36,6 +41,8 @@ def test_other_dtypes_of_safetensors_are_named(tmp_path, dtype):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
     with pytest.raises(ValueError, match=f"source: .*a.safetensors: tensor small has dtype {dtype}"):
         read_arrays(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"source: .*a.safetensors: tensor small has dtype {dtype}"):
+        open_arrays(tmp_path / "a.safetensors")
 
 
 def sharded(folder: pathlib.Path) -> pathlib.Path:
