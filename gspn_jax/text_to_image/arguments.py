@@ -117,20 +117,35 @@ def finite(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def sizes(default: tuple[int, int], *, is_used: bool, **pairs: Sequence[int] | None) -> tuple[int, ...]:
-    """Returns six numbers: of each pair, the default for a pair that is None.
+def sizes(
+    pixels: tuple[int, int],
+    original_size: Sequence[int] | None,
+    crop: Sequence[int] | None,
+    target_size: Sequence[int] | None,
+    *,
+    is_used: bool,
+) -> tuple[int, ...]:
+    """Returns SDXL's six numbers, or none for a model that does not use them.
+
+    Args:
+        pixels: (height, width) of the images, which stands for a missing original or target size.
+        original_size, target_size: (height, width) in pixels.
+        crop: (top, left) in pixels; None: (0, 0).
+        is_used: whether the model takes them.
 
     Raises:
-        ValueError: a pair that is not two whole numbers of at least 0, or any if the model does not use them.
+        ValueError: not two whole numbers of at least 0, or any if the model does not use them.
     """
-    pairs = {name: default if pair is None else pair for name, pair in pairs.items() if is_used or pair is not None}
-    for name, pair in pairs.items():
-        if not is_used:
+    given = {"original_size": (original_size, pixels), "crop": (crop, (0, 0)), "target_size": (target_size, pixels)}
+    found = []
+    for name, (pair, default) in given.items():
+        if pair is not None and not is_used:
             raise ValueError(f"{name}: expected None, since this model takes no sizes, got {pair}")
-        values = np.asarray(pair)
+        values = np.asarray(default if pair is None else pair)
         if values.shape != (2,) or values.dtype.kind not in "iu" or values.min() < 0:
             raise ValueError(f"{name}: expected two whole numbers of at least 0, got {pair!r}")
-    return tuple(int(value) for pair in pairs.values() if pair is not None for value in pair)
+        found += [int(value) for value in values]
+    return tuple(found) if is_used else ()
 
 
 def strength(value: float | None, num_steps: int, *, has_image: bool) -> float | None:

@@ -22,7 +22,7 @@ from gspn_jax.text_to_image.conditioning import Condition, TextEncoders
 from gspn_jax.text_to_image.loading import load_parts
 from gspn_jax.text_to_image.parts import Parts
 from gspn_jax.training.checkpoints.fingerprint import sha256_of_arrays
-from gspn_jax.training.sharding import local_mesh, pad_rows, place_tree, tree_shardings
+from gspn_jax.training.sharding import local_mesh, pad_rows, tree_shardings
 
 SAMPLERS = ("pndm", "ddim", "euler", "dpmpp", "deis")
 OUTPUTS = ("image", "latents")
@@ -64,7 +64,8 @@ class TextToImage:
         self._mesh = local_mesh()
         self._texts = TextEncoders(parts)
         self._graph, state = nnx.split(parts.unet)
-        self._state = place_tree(state, tree_shardings(state, self._mesh, fsdp=fsdp))
+        self._state = jax.device_put(state, tree_shardings(state, self._mesh, fsdp=fsdp))
+        nnx.update(parts.unet, self._state)  # frees the copy that was loaded
         self._compiled = jax.jit(self._draw, static_argnames="drawing")
         self._bar: tqdm | None = None
 
@@ -182,11 +183,8 @@ class TextToImage:
         drawing = Drawing(self.scheduler(sampler).name, num_steps, strength, guidance != 1)
         noise = None if noise is None else arguments.noise(noise, (count, *shape))
         pixels = (shape[0] * autoencoder.factor, shape[1] * autoencoder.factor)
-        is_used = len(self.parts.text_encoders) == 2
-        crop = (0, 0) if is_used and crop is None else crop
-        sizes = arguments.sizes(
-            pixels, is_used=is_used, original_size=original_size, crop=crop, target_size=target_size
-        )
+        takes_sizes = len(self.parts.text_encoders) == 2
+        sizes = arguments.sizes(pixels, original_size, crop, target_size, is_used=takes_sizes)
         arguments.warn_of_cut([*prompts, *(negatives or [])], self.parts.tokenizers[0])
 
         numbers = np.arange(count) if numbers is None else np.asarray(numbers)

@@ -84,7 +84,7 @@ class SafetensorsArrays(Mapping[str, np.ndarray]):
 
 
 def open_arrays(source: str | os.PathLike[str], *, argument: str = "source") -> Mapping[str, np.ndarray]:
-    """Returns what `read_arrays` does, and raises the same; reads tensors of a .safetensors file when they are asked for."""
+    """Returns and raises what `read_arrays` does, but reads a tensor of a .safetensors file when it is asked for."""
     path = local_file(source, argument=argument)
     if path.suffix != ".safetensors":
         return read_arrays(source, argument=argument)
