@@ -6,7 +6,10 @@
 one takes a fraction of the time. Not the default: compiled code fits the processor that it was made for.
 """
 
+import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before jax is imported, and in the environment, so that the processes that tests start see it as well.
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
@@ -27,6 +30,19 @@ if "JAX_COMPILATION_CACHE_DIR" in os.environ:
 # Derandomized: an example that fails in one run fails in all. No deadline: the first example compiles.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
+
+
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 30_000  # of the 65,530 that Linux grants a process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Frees compiled programs when there are many: each takes three memory mappings, and without any XLA crashes."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def _has_nvidia_gpu() -> bool:
