@@ -10,6 +10,7 @@ from gspn_jax.weights import read_arrays
 TORCH_FILES = pathlib.Path(__file__).parents[1] / "weights" / "torch_files"
 
 
+@pytest.mark.full
 def test_a_checkpoint_becomes_a_workdir(command, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
     command(

@@ -92,6 +92,7 @@ def scans(length):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("length,chunk", [(7, 3), pytest.param(8, 4, marks=pytest.mark.full)])
 def test_chunks_change_neither_result_nor_gradients(length, chunk):
     for scan, arguments in scans(length):

@@ -13,7 +13,7 @@ from gspn_jax.text_to_image import pipeline as pipelines
 from gspn_jax.training.sharding import local_mesh
 from tests.text_to_image.conftest import Golden
 
-QUICK = [("sd15", "ddim"), ("sdxl", "euler")]
+QUICK = [("sd15", "ddim")]
 full = pytest.mark.full
 
 

@@ -119,10 +119,9 @@ def test_an_interrupted_report_keeps_its_rows(monkeypatch, tmp_path):
     assert len(tables.read(tmp_path / "kernel_report.csv")[1]) == 1
 
 
+@pytest.mark.full
 @compiles
-@pytest.mark.parametrize(
-    "shape", [TINY, pytest.param(PADDED, marks=pytest.mark.full)], ids=lambda shape: getattr(shape, "name", None)
-)
+@pytest.mark.parametrize("shape", [TINY, PADDED], ids=lambda shape: getattr(shape, "name", None))
 def test_report_of_one_shape(tmp_path, shape):
     rows = REPORT.run(programs([shape], ["right"], ["bfloat16"]), str(tmp_path / "new/kernel_report"))
     assert [row["kernel"] for row in rows] == ["line_scan_forward", "line_scan_backward"] * 2
