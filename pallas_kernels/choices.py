@@ -5,11 +5,10 @@ import contextvars
 import dataclasses
 from collections.abc import Iterator
 
-# Variants of the Mosaic kernels of a propagation. In "fused" the maps are read from memory, in "low_rank" the kernel
-# makes them from a proxy; both launch one kernel per direction. "_on_chip" launches one kernel for all four directions
-# and keeps x and y in shared memory.
-VARIANTS = ("fused", "fused_on_chip", "low_rank", "low_rank_on_chip")
-GIVEN_MAP_VARIANTS = VARIANTS[:2]  # those that need no proxy
+# How Mosaic kernels run a propagation. "scans": four line scans of maps in memory, then one pass that gates and merges
+# them; the only one where the maps are given. "low_rank": the kernel makes the maps from a proxy. Both launch one
+# kernel for all directions. "low_rank_on_chip": likewise, and x and y stay in shared memory; forward only.
+VARIANTS = ("scans", "low_rank", "low_rank_on_chip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Variants:
 
     inference: str
     training: str  # the forward pass under differentiation, which keeps h of the four directions
-    backward: str  # "fused" or "low_rank"
+    backward: str  # "scans" or "low_rank"
 
     def forward(self, keep: bool) -> str:
         """The variant of a forward pass that keeps h, or does not."""

@@ -1,7 +1,7 @@
 """The gradient rules, shared by every implementation.
 
-An implementation has the four functions of `reference`: scan and propagation, forward and backward. The rules decide
-which arrays are kept between forward and backward (the inputs and h, never more) and how a mesh splits the work.
+An implementation has the four functions of `reference`: scan and low-rank propagation, forward and backward. The rules
+decide which arrays are kept between forward and backward (the inputs and h, never more) and how a mesh splits the work.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pallas_kernels import reference
 from pallas_kernels.choices import Variants
 from pallas_kernels.mosaic.tiles import Tile
 from pallas_kernels.sharding import MeshAxes, sharded
-from pallas_kernels.up_projection import UpProjection, gradients_of_maps
+from pallas_kernels.up_projection import UpProjection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Call:
     implementation: str
     chunk: int | None
     axes: MeshAxes
-    # Only for a line scan:
-    direction: str | None = None
-    from_logits: bool = False  # whether its weights are given as logits
+    # Only for scans:
+    directions: tuple[str, ...] = ()
+    from_logits: bool = False  # whether the weights are given as logits
     tile: Tile | None = None
-    # Only for a propagation by Mosaic kernels:
+    # Only for a low-rank propagation by Mosaic kernels:
     variants: Variants | None = None
 
     @property
@@ -43,34 +43,43 @@ class Call:
 
         return Kernels(interpret=self.implementation == "mosaic_interpret")
 
-    def forward_options(self, keep: bool) -> dict[str, Any]:
-        """Options of a propagation's forward function; `keep` says whether h is kept for the gradient."""
-        options = dict(chunk=self.chunk, keep=keep)
-        return options if self.variants is None else options | dict(variant=self.variants.forward(keep))
-
     @property
     def scan_options(self) -> dict[str, Any]:
-        """Options of a scan's functions."""
-        options = dict(direction=self.direction, chunk=self.chunk, from_logits=self.from_logits)
+        """Options of the scans' functions."""
+        options = dict(directions=self.directions, chunk=self.chunk, from_logits=self.from_logits)
         return options if self.tile is None else options | dict(tile=self.tile)
 
+    def variant_option(self, kernel: str) -> dict[str, Any]:
+        """The option that names the variant of "inference", "training" or "backward"; none for the reference."""
+        return {} if self.variants is None else dict(variant=getattr(self.variants, kernel))
 
-def _summed(gradient: jax.Array, names: tuple[str, ...]) -> jax.Array:
+
+def _summed(gradient: jax.Array, *names: str | None) -> jax.Array:
     """The gradient of an argument of which every device on the named axes holds the whole: the sum over devices."""
-    return lax.psum(gradient, names) if names else gradient
+    present = tuple(name for name in names if name is not None)
+    return lax.psum(gradient, present) if present else gradient
 
 
-def _over_shared_weights(call: Call) -> tuple[str, ...]:
-    """The axes over which the gradient of weights is summed."""
-    return (call.axes.channel,) if call.axes.shares_weights and call.axes.channel else ()
+def _over_shared_weights(call: Call) -> str | None:
+    """The axis over which the gradient of weights is summed."""
+    return call.axes.channel if call.axes.shares_weights else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan(call: Call, x: jax.Array, weights: jax.Array, lam: jax.Array) -> jax.Array:
-    """`line_scan` or `line_scan_from_logits`, after its checks."""
+    """Line scans in D directions, after the checks of the operations.
+
+    Args:
+        call: with the D directions.
+        x: (B, H, W, C).
+        weights: (B, H, W, D, 3, C_w), or their logits.
+        lam: (B, H, W, D, C).
+
+    Returns:
+        h, (B, D, H, W, C) in x's dtype.
+    """
     forward = functools.partial(call.functions.scan_forward, **call.scan_options)
-    maps, rows = call.axes.map_spec(4), call.axes.weight_spec(5)
-    return sharded(forward, call.axes, (maps, rows, maps), maps)(x, weights, lam)
+    return sharded(forward, call.axes, _scan_specs(call), call.axes.map_spec(5))(x, weights, lam)
 
 
 def _scan_forward(call, x, weights, lam):
@@ -83,83 +92,53 @@ def _scan_backward(call, residuals, grad_h):
         grad_x, grad_weights, grad_lam = call.functions.scan_backward(*arrays, **call.scan_options)
         return grad_x, _summed(grad_weights, _over_shared_weights(call)), grad_lam
 
-    maps, rows = call.axes.map_spec(4), call.axes.weight_spec(5)
-    return sharded(backward, call.axes, (maps, rows, maps, maps, maps), (maps, rows, maps))(*residuals, grad_h)
+    specs, states = _scan_specs(call), call.axes.map_spec(5)
+    return sharded(backward, call.axes, (*specs, states, states), specs)(*residuals, grad_h)
 
 
 scan.defvjp(_scan_forward, _scan_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def propagation(call: Call, x, logits, lam, gate, skip, merge) -> jax.Array:
-    """Aligned `propagate`, after its checks; `skip` may be None."""
-    return _propagate(call, (x, logits, lam, gate, skip, merge), keep=False)[0]
-
-
-def _propagation_forward(call, *inputs):
-    y, h = _propagate(call, inputs, keep=True)
-    return y, (inputs, h)
-
-
-def _propagate(call: Call, inputs: tuple, keep: bool) -> tuple[jax.Array, tuple]:
-    """y, and h of the four directions if `keep`."""
-    forward = functools.partial(call.functions.propagation_forward, **call.forward_options(keep))
-    states = (call.axes.map_spec(4),) * (4 if keep else 0)
-    specs = _propagation_specs(call, inputs[4])
-    return sharded(forward, call.axes, specs, (call.axes.map_spec(4), states))(*inputs)
-
-
-def _propagation_backward(call, residuals, grad_y):
-    inputs, h = residuals
-
-    def backward(inputs, h, grad_y):
-        *gradients, grad_merge = call.functions.propagation_backward(*inputs, h, grad_y, chunk=call.chunk)
-        gradients[1] = _summed(gradients[1], _over_shared_weights(call))
-        return *gradients, _summed(grad_merge, call.axes.names)
-
-    specs = _propagation_specs(call, inputs[4])
-    states = (call.axes.map_spec(4),) * 4
-    return sharded(backward, call.axes, (specs, states, call.axes.map_spec(4)), specs)(inputs, h, grad_y)
-
-
-propagation.defvjp(_propagation_forward, _propagation_backward)
+def _scan_specs(call: Call) -> tuple:
+    """Partition specs of x, weights and lam."""
+    return call.axes.map_spec(4), call.axes.weight_spec(6), call.axes.map_spec(5)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def low_rank(call: Call, x, proxy, up: UpProjection, merge) -> jax.Array:
-    """`propagate_low_rank` by kernels, after its checks."""
+    """`propagate_low_rank`, after its checks."""
     return _propagate_low_rank(call, (x, proxy, up, merge), keep=False)[0]
 
 
 def _low_rank_forward(call, *inputs):
-    y, h = _propagate_low_rank(call, inputs, keep=True)
-    return y, (inputs, h)
+    y, states = _propagate_low_rank(call, inputs, keep=True)
+    return y, (inputs, states)
 
 
 def _propagate_low_rank(call: Call, inputs: tuple, keep: bool) -> tuple[jax.Array, tuple]:
     """y, and h of the four directions if `keep`."""
-    forward = functools.partial(call.functions.low_rank_forward, **call.forward_options(keep))
-    maps = call.axes.map_spec(4)
-    return sharded(forward, call.axes, _low_rank_specs(call, inputs[2]), (maps, (maps,) * (4 if keep else 0)))(*inputs)
+    options = call.variant_option("training" if keep else "inference")
+    forward = functools.partial(call.functions.low_rank_forward, chunk=call.chunk, keep=keep, **options)
+    specs = call.axes.map_spec(4), _states_spec(call)
+    return sharded(forward, call.axes, _low_rank_specs(call, inputs[2]), specs)(*inputs)
 
 
 def _low_rank_backward(call, residuals, grad_y):
-    inputs, h = residuals
-    assert call.variants is not None
-    options = dict(chunk=call.chunk, variant=call.variants.backward)
+    inputs, states = residuals
+    options = dict(chunk=call.chunk) | call.variant_option("backward")
 
-    def backward(inputs, h, grad_y):
-        _, proxy, up, _ = inputs
-        grad_x, *of_maps, grad_merge = call.functions.low_rank_backward(*inputs, h, grad_y, **options)
-        of_proxy, of_up = gradients_of_maps(proxy, up, tuple(of_maps))
-        batch, channel = ((name,) if name else () for name in (call.axes.batch, call.axes.channel))
-        of_up = jax.tree.map(lambda grad: _summed(grad, batch), of_up)
+    def backward(inputs, states, grad_y):
+        _, proxy, _, merge = inputs
+        grad_x, of_proxy, of_up, of_merge = call.functions.low_rank_backward(*inputs, states, grad_y, **options)
+        of_up = jax.tree.map(lambda grad: _summed(grad, call.axes.batch), of_up)
         of_up = of_up._replace(logits=_summed(of_up.logits, _over_shared_weights(call)))
         of_up = jax.tree.map(lambda grad: grad.astype(proxy.dtype), of_up)
-        return grad_x, _summed(of_proxy, channel).astype(proxy.dtype), of_up, _summed(grad_merge, call.axes.names)
+        of_proxy = _summed(of_proxy, call.axes.channel).astype(proxy.dtype)
+        return grad_x, of_proxy, of_up, _summed(of_merge, *call.axes.names).astype(merge.dtype)
 
-    specs, maps = _low_rank_specs(call, inputs[2]), call.axes.map_spec(4)
-    return sharded(backward, call.axes, (specs, (maps,) * 4, maps), specs)(inputs, h, grad_y)
+    specs = _low_rank_specs(call, inputs[2])
+    in_specs = specs, _states_spec(call), call.axes.map_spec(4)
+    return sharded(backward, call.axes, in_specs, specs)(inputs, states, grad_y)
 
 
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
@@ -173,7 +152,6 @@ def _low_rank_specs(call: Call, up: UpProjection) -> tuple:
     return call.axes.map_spec(4), PartitionSpec(call.axes.batch), of_up, PartitionSpec()
 
 
-def _propagation_specs(call: Call, skip: jax.Array | None) -> tuple:
-    """Partition specs of x, logits, lam, gate, skip and merge."""
-    maps = call.axes.map_spec(5)
-    return call.axes.map_spec(4), call.axes.weight_spec(6), maps, maps, None if skip is None else maps, PartitionSpec()
+def _states_spec(call: Call) -> PartitionSpec:
+    """The partition spec of the states: four arrays (B, H, W, C) of the reference, one (B, 4, H, W, C) of kernels."""
+    return call.axes.map_spec(4 if call.implementation == "xla" else 5)

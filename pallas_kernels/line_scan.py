@@ -121,10 +121,10 @@ def _scan(
         implementation=record(dispatch.choose(operation, implementation, x.shape, chunk, dtypes)).implementation,
         chunk=chunk,
         axes=usable_axes(x.shape[0], x.shape[-1], weights.shape[-1], batch_axis, channel_axis),
-        direction=direction,
+        directions=(direction,),
         from_logits=from_logits,
         tile=tile,
     )
     if tile is not None and call.implementation == "xla":
         raise ValueError("tile: expected None where `xla` runs, which has no tiles")
-    return gradient.scan(call, *vary_alike(x, weights, lam))
+    return gradient.scan(call, *vary_alike(x, weights[:, :, :, None], lam[:, :, :, None]))[:, 0]

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import checks, dispatch, gradient
-from pallas_kernels.choices import GIVEN_MAP_VARIANTS, VARIANTS, Choice, record
+from pallas_kernels.choices import VARIANTS, Choice, Variants, record
 from pallas_kernels.directions import DIRECTIONS
 from pallas_kernels.line_scan import line_scan_from_logits
+from pallas_kernels.merging import merged
 from pallas_kernels.sharding import usable_axes, vary_alike
 from pallas_kernels.up_projection import UpProjection, maps_of
 
@@ -55,8 +56,7 @@ def propagate(
             April 2025, for square maps only. It turns x so that each direction becomes "right" (transposed for down
             and up, then mirrored for left and up), but does not turn the maps, and does not turn the results back.
         implementation: as in `line_scan`.
-        variant: of the Mosaic kernels, "fused" or "fused_on_chip"; None for the faster one by the table of
-            `pallas_kernels.mosaic.variants`.
+        variant: of the Mosaic kernels: None or "scans", the only one for maps that are given.
         batch_axis: as in `line_scan`.
         channel_axis: as in `line_scan`.
 
@@ -82,15 +82,20 @@ def propagate(
         options = dict(chunk=chunk, implementation=implementation, batch_axis=batch_axis, channel_axis=channel_axis)
         return _unturned(x, logits, lam, gate, skip, merge, **options)
     dtypes = {array.dtype.name for array in (x, logits, lam, gate, skip) if array is not None}
-    weight_channels = logits.shape[-1]
-    choice = record(_choose("propagate", implementation, variant, x, dtypes, chunk, weight_channels))
+    choice = dispatch.choose("propagate", implementation, x.shape, chunk, dtypes)
+    _check_variant(variant, ("scans",), choice)
+    if choice.implementation != "xla":
+        choice = dataclasses.replace(choice, variants=Variants("scans", "scans", "scans"))
     call = gradient.Call(
-        implementation=choice.implementation,
+        implementation=record(choice).implementation,
         chunk=chunk,
-        axes=usable_axes(x.shape[0], x.shape[-1], weight_channels, batch_axis, channel_axis),
-        variants=choice.variants,
+        axes=usable_axes(x.shape[0], x.shape[-1], logits.shape[-1], batch_axis, channel_axis),
+        directions=DIRECTIONS,
+        from_logits=True,
     )
-    return gradient.propagation(call, *vary_alike(x, logits, lam, gate, skip, merge))
+    arrays: Any = vary_alike(x, logits, lam, gate, skip, merge)
+    x, logits, lam, gate, skip, merge = arrays
+    return merged(x, gradient.scan(call, x, logits, lam), gate, skip, merge)
 
 
 def propagate_low_rank(
@@ -107,9 +112,9 @@ def propagate_low_rank(
 ) -> jax.Array:
     """Aligned `propagate(x, *maps, merge)` whose maps are linear functions of a proxy: maps_d = proxy @ up[:, d].
 
-    The maps have the proxy's dtype. With a 16-bit proxy on a GPU that has the kernels, each kernel makes the maps that
-    it needs, forward and backward; between the two only x, proxy, up and h of the four directions are kept. With
-    another dtype or without kernels the maps are arrays, passed to `propagate`, which keeps them.
+    The maps have the proxy's dtype. They are made where they are needed, forward and backward: between the two only x,
+    proxy, up and h of the four directions are kept. Only the Mosaic kernels with a 32-bit proxy take them as arrays,
+    passed to `propagate`, which keeps them.
 
     Differentiable in x, proxy, up and merge, in reverse mode only, as `propagate`.
 
@@ -120,8 +125,7 @@ def propagate_low_rank(
         merge: (4,).
         chunk: as in `propagate`.
         implementation: as in `propagate`.
-        variant: of the Mosaic kernels, a name in `VARIANTS`; None for the fastest by the table of
-            `pallas_kernels.mosaic.variants`.
+        variant: of the Mosaic kernels, a name in `VARIANTS`; None for the fastest, as measured or estimated.
         batch_axis: as in `propagate`.
         channel_axis: as in `propagate`.
 
@@ -136,18 +140,17 @@ def propagate_low_rank(
     chunk = _check_rest(merge, chunk, batch_axis, channel_axis)
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant: expected None or one of {', '.join(VARIANTS)}; got {variant!r}")
-    options: Any = dict(chunk=chunk, implementation=implementation, batch_axis=batch_axis, channel_axis=channel_axis)
-    if proxy.dtype.itemsize > 2:
-        if variant is not None and variant.startswith("low_rank"):
-            raise ValueError(f"variant: {variant!r} expects a 16-bit proxy, got {proxy.dtype.name}")
-        return propagate(x, *maps_of(proxy, up), merge, variant=variant, **options)
-    weight_channels = up.logits.shape[-1]
     dtypes = {x.dtype.name, proxy.dtype.name}
-    choice = _choose(
-        "propagate_low_rank", implementation, variant, x, dtypes, chunk, weight_channels, rank=proxy.shape[-1]
-    )
-    if choice.variants is None:
-        return propagate(x, *maps_of(proxy, up), merge, **options)
+    choice = dispatch.choose("propagate_low_rank", implementation, x.shape, chunk, dtypes)
+    _check_variant(variant, VARIANTS, choice)
+    weight_channels = up.logits.shape[-1]
+    if choice.implementation != "xla":
+        if proxy.dtype.itemsize > 2:
+            if variant is not None and variant != "scans":
+                raise ValueError(f"variant: {variant!r} expects a 16-bit proxy, got {proxy.dtype.name}")
+            options: Any = dict(implementation=implementation, batch_axis=batch_axis, channel_axis=channel_axis)
+            return propagate(x, *maps_of(proxy, up), merge, chunk=chunk, variant=variant, **options)
+        choice = _with_variants(choice, variant, dtypes, weight_channels, rank=proxy.shape[-1])
     call = gradient.Call(
         implementation=record(choice).implementation,
         chunk=chunk,
@@ -159,40 +162,31 @@ def propagate_low_rank(
     return gradient.low_rank(call, x, proxy, UpProjection(*projections), merge)
 
 
-def _choose(
-    operation: str,
-    implementation: str | None,
-    variant: str | None,
-    x: jax.Array,
-    dtypes: Collection[str],
-    chunk: int | None,
-    weight_channels: int,
-    rank: int = 0,
+def _with_variants(
+    choice: Choice, variant: str | None, dtypes: Collection[str], weight_channels: int, rank: int
 ) -> Choice:
-    """The implementation and, for Mosaic kernels, the variants.
-
-    Args:
-        rank: S of the proxy; 0 where the maps are given.
+    """`choice` of Mosaic kernels for a low-rank propagation, with their variants.
 
     Raises:
-        ValueError: `implementation` or `variant` is not a known name, or cannot run.
+        ValueError: `variant` cannot run.
     """
-    choice = dispatch.choose(operation, implementation, x.shape, chunk, dtypes)
-    known = VARIANTS if rank else GIVEN_MAP_VARIANTS
-    if variant is not None and variant not in known:
-        raise ValueError(f"variant: expected None or one of {', '.join(known)}; got {variant!r}")
-    if not choice.implementation.startswith("mosaic"):
-        if variant is not None:
-            raise ValueError(f"variant: expected None where `{choice.implementation}` runs, got {variant!r}")
-        return choice
     from pallas_kernels.mosaic import variants  # late: importing Pallas takes a second
 
-    is_interpreted = choice.implementation == "mosaic_interpret"
     widest = max(dtypes, key=lambda name: jnp.dtype(name).itemsize)  # a tile that fits it fits the others
-    work = variants.Work(x.shape, widest, weight_channels, chunk, rank)
-    chosen = variants.choose(work, variant, is_interpreted)
-    why = "variant asked for" if variant else f"variants {variants.basis()}"
+    propagation = variants.Propagation(choice.shape, widest, weight_channels, choice.chunk, rank)
+    chosen = variants.choose(propagation, variant, choice.implementation == "mosaic_interpret")
+    why = "variant asked for" if variant else f"variants {variants.basis(propagation)}"
     return dataclasses.replace(choice, variants=chosen, reason="; ".join(filter(None, (choice.reason, why))))
+
+
+def _check_variant(variant: str | None, known: tuple[str, ...], choice: Choice) -> None:
+    """None, or one of the `known` variants where Mosaic kernels run."""
+    if variant is None:
+        return
+    if variant not in known:
+        raise ValueError(f"variant: expected None or one of {', '.join(known)}; got {variant!r}")
+    if choice.implementation == "xla":
+        raise ValueError(f"variant: expected None where `xla` runs, got {variant!r}")
 
 
 def _check_rest(merge: jax.Array, chunk: int | None, batch_axis: str | None, channel_axis: str | None) -> int | None:

@@ -10,142 +10,110 @@ from jax import lax
 from pallas_kernels.checks import state_dtype
 from pallas_kernels.directions import DIRECTIONS
 from pallas_kernels.stability import normalise
+from pallas_kernels.up_projection import gradients_of_maps, maps_of
 from pallas_kernels.walk import Walk, gathered, spread
 
 _SLOTS = range(3)
 
 
 def scan_forward(
-    x: jax.Array, weights: jax.Array, lam: jax.Array, direction: str, chunk: int | None, *, from_logits: bool
+    x: jax.Array, weights: jax.Array, lam: jax.Array, *, directions: Sequence[str], chunk: int | None, from_logits: bool
 ) -> jax.Array:
-    """h of `line_scan`, or of `line_scan_from_logits` if `weights` are logits: (B, H, W, C) in x's dtype."""
-    walk = Walk(direction, x.shape, chunk)
+    """h of line scans in D directions: (B, D, H, W, C) in x's dtype.
+
+    Args:
+        x: (B, H, W, C).
+        weights: (B, H, W, D, 3, C_w), or their logits if `from_logits`.
+        lam: (B, H, W, D, C).
+        directions: D names.
+        chunk: lines after which each scan restarts, or None.
+        from_logits: whether `weights` are logits.
+    """
     dtype = state_dtype(x)
-    x_view, w_view, lam_view = (walk.chunks(array) for array in (x, weights, lam))
+    states = []
+    for d, direction in enumerate(directions):
+        walk = Walk(direction, x.shape, chunk)
+        x_view, w_view, lam_view = (walk.chunks(array) for array in (x, weights, lam))
 
-    def step(carry, index):
-        halo, h = carry
-        w_lines = _weight_lines(walk, _slot_lines(walk, w_view, index), dtype, from_logits)
-        gated = walk.line(lam_view, index).astype(dtype) * walk.line(x_view, index).astype(dtype)
-        line = _mix(walk, w_lines, halo) + gated
-        return (walk.fill(halo, line), walk.put(h, line, index)), None
+        def step(carry, index, walk=walk, x_view=x_view, w_view=w_view, lam_view=lam_view, d=d):
+            halo, h = carry
+            w_lines = _weight_lines(walk, _slot_lines(walk, w_view, index, d), dtype, from_logits)
+            gated = walk.line(lam_view, index, d).astype(dtype) * walk.line(x_view, index).astype(dtype)
+            line = _mix(walk, w_lines, halo) + gated
+            return (walk.fill(halo, line), walk.put(h, line, index)), None
 
-    start = walk.halo(walk.line(x_view, 0).astype(dtype)), jnp.zeros_like(x_view)
-    (_, h), _ = lax.scan(step, start, jnp.arange(walk.lines))
-    return walk.whole(h)
+        start = walk.halo(walk.line(x_view, 0).astype(dtype)), jnp.zeros_like(x_view)
+        (_, h), _ = lax.scan(step, start, jnp.arange(walk.lines))
+        states.append(walk.whole(h))
+    return jnp.stack(states, axis=1)
 
 
 def scan_backward(
-    x: jax.Array, weights: jax.Array, lam: jax.Array, h: jax.Array, grad_h: jax.Array, direction: str,
-    chunk: int | None, *, from_logits: bool,
+    x: jax.Array, weights: jax.Array, lam: jax.Array, h: jax.Array, grad_h: jax.Array, *, directions: Sequence[str],
+    chunk: int | None, from_logits: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Gradients of x, weights (or logits) and lam, each in its own dtype, by a scan of `grad_h` in reverse order."""
-    walk = Walk(direction, x.shape, chunk)
-    dtype = state_dtype(x)
-    x_view, w_view, lam_view, h_view, grad_view = (walk.chunks(array) for array in (x, weights, lam, h, grad_h))
+    """Gradients of x, weights (or logits) and lam, each in its own dtype, by scans of `grad_h` in reverse order.
 
-    def step(carry, index):
-        passed, before, grad_x, grad_w, grad_lam = carry
-        total = walk.line(grad_view, index).astype(dtype) + _unmix(walk, passed)
-        w_lines, to_given = jax.vjp(
-            lambda lines: _weight_lines(walk, lines, dtype, from_logits), _slot_lines(walk, w_view, index)
+    `h` and `grad_h` are (B, D, H, W, C); the rest is as in `scan_forward`.
+    """
+    dtype = state_dtype(x)
+    grad_x, grad_w, grad_lam = jnp.zeros_like(x, dtype), jnp.zeros_like(weights), jnp.zeros_like(lam)
+    for d, direction in enumerate(directions):
+        walk = Walk(direction, x.shape, chunk)
+        x_view, w_view, lam_view, h_view, grad_view = (
+            walk.chunks(array) for array in (x, weights, lam, h[:, d], grad_h[:, d])
         )
-        before = walk.fill(before, _line_before(walk, h_view, index, dtype))
-        of_weights = [gathered(total * line, weights.shape[-1]) for line in walk.neighbours(before)]
-        for slot, line in enumerate(to_given(of_weights)[0]):
-            grad_w = walk.put(grad_w, line, index, slot)
-        grad_x = walk.put(grad_x, walk.line(lam_view, index).astype(dtype) * total, index)
-        grad_lam = walk.put(grad_lam, walk.line(x_view, index).astype(dtype) * total, index)
-        return (_pass_back(walk, passed, w_lines, total), before, grad_x, grad_w, grad_lam), None
-
-    halo = walk.halo(walk.line(x_view, 0).astype(dtype))
-    start = [halo] * 3, halo, *(jnp.zeros_like(view) for view in (x_view, w_view, lam_view))
-    (_, _, *grads), _ = lax.scan(step, start, jnp.arange(walk.lines), reverse=True)
-    grad_x, grad_weights, grad_lam = (walk.whole(grad) for grad in grads)
-    return grad_x, grad_weights, grad_lam
-
-
-def propagation_forward(x, logits, lam, gate, skip, merge, chunk: int | None, keep: bool) -> tuple[jax.Array, tuple]:
-    """y of the aligned `propagate`, and h of the four directions, (B, H, W, C) in x's dtype (empty unless `keep`)."""
-    dtype = state_dtype(x)
-    merge = merge.astype(dtype)
-    y, states = jnp.zeros_like(x, dtype), []
-    for d, direction in enumerate(DIRECTIONS):
-        walk = Walk(direction, x.shape, chunk)
-        x_view, logit_view = walk.chunks(x), walk.chunks(logits)
-        views = [None if array is None else walk.chunks(array) for array in (lam, gate, skip)]
-
-        def step(carry, index, walk=walk, x_view=x_view, logit_view=logit_view, views=views, d=d):
-            halo, h, y = carry
-            x_line = walk.line(x_view, index).astype(dtype)
-            lam_line, gate_line, skip_line = _map_lines(walk, views, index, d, dtype)
-            line = (
-                _mix(walk, _weight_lines(walk, _slot_lines(walk, logit_view, index, d), dtype, True), halo)
-                + lam_line * x_line
-            )
-            # The gate multiplies h as it is kept, rounded, because the backward pass will read it so.
-            part = gate_line * line.astype(x.dtype).astype(dtype)
-            if skip_line is not None:
-                part = part + skip_line * x_line
-            y = walk.put(y, walk.line(y, index) + merge[d] * part, index)
-            return (walk.fill(halo, line), walk.put(h, line, index), y), None
-
-        start = walk.halo(walk.line(x_view, 0).astype(dtype)), jnp.zeros_like(x_view), walk.chunks(y)
-        (_, h, y), _ = lax.scan(step, start, jnp.arange(walk.lines))
-        y = walk.whole(y)
-        states.append(walk.whole(h))
-    return y.astype(x.dtype), tuple(states) if keep else ()
-
-
-def propagation_backward(x, logits, lam, gate, skip, merge, h, grad_y, chunk: int | None) -> tuple:
-    """Gradients of x, logits, lam, gate, skip (None where skip is) and merge, each in its own dtype."""
-    dtype = state_dtype(x)
-    wide_merge = merge.astype(dtype)
-    grad_x, grad_merge = jnp.zeros_like(x, dtype), []
-    grads = [None if array is None else jnp.zeros_like(array) for array in (logits, lam, gate, skip)]
-    for d, direction in enumerate(DIRECTIONS):
-        walk = Walk(direction, x.shape, chunk)
-        x_view, h_view, grad_view, logit_view = (walk.chunks(array) for array in (x, h[d], grad_y, logits))
-        views = [None if array is None else walk.chunks(array) for array in (lam, gate, skip)]
 
         def step(
-            carry, index, walk=walk, x_view=x_view, h_view=h_view, grad_view=grad_view, logit_view=logit_view,
-            views=views, d=d,
+            carry, index, walk=walk, x_view=x_view, w_view=w_view, lam_view=lam_view, h_view=h_view,
+            grad_view=grad_view, d=d,
         ):  # fmt: skip
-            passed, before, of_merge, grad_x, (grad_logits, *grad_maps) = carry
-            x_line, h_line, grad_line = (walk.line(view, index).astype(dtype) for view in (x_view, h_view, grad_view))
-            lam_line, gate_line, skip_line = _map_lines(walk, views, index, d, dtype)
-            weights, to_logits = jax.vjp(
-                lambda lines: _weight_lines(walk, lines, dtype, True), _slot_lines(walk, logit_view, index, d)
+            passed, before, grad_x, grad_w, grad_lam = carry
+            total = walk.line(grad_view, index).astype(dtype) + _unmix(walk, passed)
+            w_lines, to_given = jax.vjp(
+                lambda lines: _weight_lines(walk, lines, dtype, from_logits), _slot_lines(walk, w_view, index, d)
             )
-            scaled = wide_merge[d] * grad_line
-            total = scaled * gate_line + _unmix(walk, passed)  # the gradient of h
-            to_x, part = lam_line * total, gate_line * h_line
-            if skip_line is not None:
-                to_x, part = to_x + skip_line * scaled, part + skip_line * x_line
-
             before = walk.fill(before, _line_before(walk, h_view, index, dtype))
-            of_weights = [gathered(total * line, logits.shape[-1]) for line in walk.neighbours(before)]
-            for slot, line in enumerate(to_logits(of_weights)[0]):
-                grad_logits = walk.put(grad_logits, line, index, d, slot)
-            of_maps = x_line * total, h_line * scaled, x_line * scaled
-            grad_maps = [
-                None if grad is None else walk.put(grad, line, index, d)
-                for grad, line in zip(grad_maps, of_maps, strict=True)
-            ]
-            grad_x = walk.put(grad_x, walk.line(grad_x, index) + to_x, index)
-            passed = _pass_back(walk, passed, weights, total)
-            return (passed, before, of_merge + grad_line * part, grad_x, [grad_logits, *grad_maps]), None
+            of_weights = [gathered(total * line, weights.shape[-1]) for line in walk.neighbours(before)]
+            for slot, line in enumerate(to_given(of_weights)[0]):
+                grad_w = walk.put(grad_w, line, index, d, slot)
+            of_x = walk.line(lam_view, index, d).astype(dtype) * total
+            grad_x = walk.put(grad_x, walk.line(grad_x, index) + of_x, index)
+            grad_lam = walk.put(grad_lam, walk.line(x_view, index).astype(dtype) * total, index, d)
+            return (_pass_back(walk, passed, w_lines, total), before, grad_x, grad_w, grad_lam), None
 
-        zero = jnp.zeros_like(walk.line(x_view, 0), dtype)
-        halo = walk.halo(zero)
-        grads = [None if grad is None else walk.chunks(grad) for grad in grads]
-        start = [halo] * 3, halo, zero, walk.chunks(grad_x), grads
-        (_, _, of_merge, grad_x, grads), _ = lax.scan(step, start, jnp.arange(walk.lines), reverse=True)
-        grad_x = walk.whole(grad_x)
-        grads = [None if grad is None else walk.whole(grad) for grad in grads]
-        grad_merge.append(jnp.sum(of_merge))
-    return grad_x.astype(x.dtype), *grads, jnp.stack(grad_merge).astype(merge.dtype)
+        halo = walk.halo(walk.line(x_view, 0).astype(dtype))
+        start = [halo] * 3, halo, *(walk.chunks(grad) for grad in (grad_x, grad_w, grad_lam))
+        (_, _, *grads), _ = lax.scan(step, start, jnp.arange(walk.lines), reverse=True)
+        grad_x, grad_w, grad_lam = (walk.whole(grad) for grad in grads)
+    return grad_x.astype(x.dtype), grad_w, grad_lam
+
+
+def low_rank_forward(x, proxy, up, merge, *, chunk: int | None, keep: bool) -> tuple[jax.Array, tuple]:
+    """y of `propagate_low_rank`, and h of the four directions, (B, H, W, C) in x's dtype (empty unless `keep`)."""
+    logits, lam, gate, skip = maps_of(proxy, up)
+    h = scan_forward(x, logits, lam, directions=DIRECTIONS, chunk=chunk, from_logits=True)
+    states = tuple(h[:, d] for d in range(4))
+    return _merged(x, states, gate, skip, merge), states if keep else ()
+
+
+def low_rank_backward(x, proxy, up, merge, states, grad_y, *, chunk: int | None) -> tuple:
+    """Gradients of x (in its dtype) and of proxy, up and merge (float32; float64 for float64 arrays)."""
+    logits, lam, gate, skip = maps_of(proxy, up)
+    _, vjp = jax.vjp(_merged, x, states, gate, skip, merge)
+    of_x, of_h, of_gate, of_skip, of_merge = vjp(grad_y)
+    options: Any = dict(directions=DIRECTIONS, chunk=chunk, from_logits=True)
+    grad_x, of_logits, of_lam = scan_backward(x, logits, lam, jnp.stack(states, 1), jnp.stack(of_h, 1), **options)
+    of_proxy, of_up = gradients_of_maps(proxy, up, (of_logits, of_lam, of_gate, of_skip))
+    return grad_x + of_x, of_proxy, of_up, of_merge.astype(state_dtype(x))
+
+
+def _merged(x, states, gate, skip, merge):
+    dtype = state_dtype(x)
+    part = gate.astype(dtype) * jnp.stack(states, 3).astype(dtype)
+    if skip is not None:
+        part += skip.astype(dtype) * x[:, :, :, None].astype(dtype)
+    return jnp.sum(merge.astype(dtype).reshape(1, 1, 1, 4, 1) * part, axis=3).astype(x.dtype)
 
 
 def _mix(walk: Walk, weights: Sequence[jax.Array], halo: jax.Array) -> jax.Array:
@@ -171,10 +139,6 @@ def _line_before(walk: Walk, h_view: jax.Array, index, dtype: jnp.dtype) -> jax.
     """h of the line before line `index`; zeros for the first line."""
     line = walk.line(h_view, jnp.maximum(index - 1, 0)).astype(dtype)
     return jnp.where(index == 0, jnp.zeros_like(line), line)
-
-
-def _map_lines(walk: Walk, views: Sequence[jax.Array | None], index, d: int, dtype: jnp.dtype) -> list:
-    return [None if view is None else walk.line(view, index, d).astype(dtype) for view in views]
 
 
 def _slot_lines(walk: Walk, view: jax.Array, index, *direction: int) -> list[jax.Array]:

@@ -59,7 +59,7 @@ def test_line_scan(name, value, words):
     ("chunk", -1, ("at least 1", "-1")),
     ("alignment", "turned", ("aligned, unturned", "'turned'")),
     ("alignment", "unturned", ("square", "(2, 3, 5, 4)")),
-    ("variant", "low_rank", ("fused, fused_on_chip", "'low_rank'")), ("variant", "fused", ("xla", "'fused'")),
+    ("variant", "low_rank", ("scans", "'low_rank'")), ("variant", "scans", ("xla", "'scans'")),
 ])  # fmt: skip
 def test_propagate(name, value, words):
     with pytest.raises(ValueError) as error:

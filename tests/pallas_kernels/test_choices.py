@@ -29,7 +29,7 @@ def test_choices_are_recorded_in_order_with_their_reason():
         jax.eval_shape(run, jnp.ones(SHAPE))
     jax.eval_shape(lambda x: scan(x), jnp.ones(SHAPE))
     assert [(c.operation, c.shape, c.chunk, c.implementation) for c in choices] == [
-        ("line_scan", SHAPE, 2, "xla"), ("propagate", SHAPE, None, "xla"), ("line_scan", SHAPE, None, "xla"),
+        ("line_scan", SHAPE, 2, "xla"), ("propagate_low_rank", SHAPE, None, "xla"), ("line_scan", SHAPE, None, "xla"),
     ]  # fmt: skip
     assert all(c.variants is None for c in choices)
     assert "mosaic" in choices[0].reason and choices[2].reason == "asked for"

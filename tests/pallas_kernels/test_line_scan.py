@@ -1,3 +1,4 @@
+import functools
 import pathlib
 from typing import Any
 
@@ -29,6 +30,12 @@ def draw(shape, weight_channels=None, seed=0, dtype: Any = np.float64) -> tuple[
     weights = rng.uniform(0.1, 1, (batch, height, width, 3, weight_channels or channels))
     weights /= weights.sum(axis=3, keepdims=True)
     return rng.normal(size=shape).astype(dtype), weights.astype(dtype), rng.normal(size=shape).astype(dtype)
+
+
+def reference_scan(x, weights, lam, direction, chunk=None):
+    """The reference without the operations' gradient rule."""
+    options: Any = dict(directions=(direction,), chunk=chunk, from_logits=False)
+    return reference.scan_forward(x, weights[:, :, :, None], lam[:, :, :, None], **options)[:, 0]
 
 
 def turn(array, direction):
@@ -83,9 +90,7 @@ def test_gradient_rule_agrees_with_plain_autodiff(direction, weight_channels, ch
     grad_h = np.random.default_rng(2).normal(size=inputs[0].shape)
     with jax.enable_x64(True):
         _, ruled = jax.vjp(lambda *args: line_scan(*args, direction=direction, chunk=chunk), *inputs)
-        _, plain = jax.vjp(
-            lambda *args: reference.scan_forward(*args, direction=direction, chunk=chunk, from_logits=False), *inputs
-        )
+        _, plain = jax.vjp(functools.partial(reference_scan, direction=direction, chunk=chunk), *inputs)
         for name, got, want in zip("x weights lam".split(), ruled(grad_h), plain(grad_h), strict=True):
             assert_close(got, want, name=name)
 
@@ -114,12 +119,7 @@ def test_16_bit_inputs_keep_a_float32_state(dtype):
         h, vjp = jax.vjp(lambda *args, way=direction: line_scan(*args, direction=way), x, weights, lam)
         assert_close(h, numpy_scan.line_scan(*wide, direction=direction), dtype=dtype, name="h")
         with jax.enable_x64(True):
-            _, wide_vjp = jax.vjp(
-                lambda *args, way=direction: reference.scan_forward(
-                    *args, direction=way, chunk=None, from_logits=False
-                ),
-                *wide,
-            )
+            _, wide_vjp = jax.vjp(functools.partial(reference_scan, direction=direction), *wide)
             wants = wide_vjp(np.asarray(grad_h, np.float64))
         for name, got, want, kind in zip("xwl", vjp(grad_h), wants, (dtype, "float32", dtype), strict=True):
             # The gradient of the weights is float32, but it is computed from h, which was kept in x's dtype.
