@@ -29,8 +29,9 @@ from jax._src.lib import mosaic_gpu_dialect  # pyright: ignore[reportPrivateImpo
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax.experimental import topologies
 
-from pallas_kernels.mosaic import card
+from pallas_kernels.mosaic import card, machine_code
 from pallas_kernels.mosaic.card import H200
+from pallas_kernels.mosaic.machine_code import MachineCode
 
 REQUIREMENTS = "requirements-gpu-compile.txt"
 _SHARED_MEMORY_PER_MULTIPROCESSOR = 233472  # bytes
@@ -89,7 +90,7 @@ class Kernel:
     spill_bytes: int  # per thread, stored and loaded
     stack_bytes: int  # per thread
     shared_memory: int  # bytes per CTA: buffers, barriers and the assembler's own
-    opcodes: Mapping[str, int]  # how often each is in the machine code, with modifiers: UTMALDG.4D, LDS.128
+    code: MachineCode = dataclasses.field(repr=False)
 
     @property
     def ctas(self) -> int:
@@ -110,6 +111,11 @@ class Kernel:
             _THREADS_PER_MULTIPROCESSOR // (32 * warps),
             _CTAS_PER_MULTIPROCESSOR,
         )
+
+    @property
+    def opcodes(self) -> Mapping[str, int]:
+        """How often each opcode is in the machine code, with modifiers: UTMALDG.4D, LDS.128."""
+        return self.code.opcodes
 
     def count(self, opcode: str) -> int:
         """Counts the instructions whose opcode begins with the dotted parts of `opcode`: LDS, LDS.128."""
@@ -281,20 +287,10 @@ def _kernel(launch: Launch, reports: pathlib.Path) -> Kernel:
             + _number(r"(\d+) bytes spill loads", assembler),
             stack_bytes=_number(r"(\d+) bytes stack frame", assembler),
             shared_memory=launch.dynamic_shared_memory + _number(r"(\d+) bytes smem", assembler, default=0),
-            opcodes=_count_opcodes(disassembly),
+            code=machine_code.parse(disassembly),
         )
     except (OSError, LookupError) as error:
         raise RuntimeError(f"{launch.name}: Mosaic's reports have another format in this version: {error}") from error
-
-
-def _count_opcodes(disassembly: str) -> dict[str, int]:
-    """How often each opcode is in the machine code (SASS) that nvdisasm printed."""
-    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-    found = (instruction.search(line) for line in disassembly.splitlines())
-    counts = collections.Counter(match[1] for match in found if match)
-    if not counts:
-        raise LookupError("no instruction in the disassembly")
-    return dict(counts)
 
 
 def _number(pattern: str, text: str, default: int | None = None) -> int:

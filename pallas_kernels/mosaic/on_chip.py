@@ -1,137 +1,104 @@
 """Propagation of a small map in one kernel: x and y stay in shared memory while it walks all four directions.
 
-A CTA owns (image, channel block). It loads x once, sums y in float32, and writes y once after the last direction. In
-bfloat16 the kernel moves 52 bytes per pixel and channel if the maps are in memory. If it makes the maps, it moves 4
-bytes and the proxy; then instructions and shared memory limit it. Under differentiation it also writes h of the four
-directions, 8 bytes. The backward kernels are those of `propagation`.
+A CTA owns (image, channel block). It loads x once, makes the maps of each direction, sums y in float32, and writes y
+once after the last direction. In bfloat16 it moves 4 bytes per pixel and channel and the proxy, and 8 more where it
+writes h for a gradient; so instructions and shared memory limit it. The backward kernel is that of `kernels`.
 
-All directions use the same tile, with as many pixels as the longer side of the map. Chunks are not spread over the
-grid, as they are in `propagation`: the state restarts within the walk.
+All directions use the same tile, with as many pixels as the longer side of the map.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.directions import DIRECTIONS
 from pallas_kernels.mosaic import primitives
-from pallas_kernels.mosaic.maps import Given, Made
-from pallas_kernels.mosaic.pipeline import Pipeline, StateLines
-from pallas_kernels.mosaic.propagation import advance
-from pallas_kernels.mosaic.tiles import Tile
+from pallas_kernels.mosaic.frame import StateLines
+from pallas_kernels.mosaic.kernels import Results, advance, mix, share
+from pallas_kernels.mosaic.maps import Made
 
 
-def propagate_forward(
-    x: jax.Array,
-    maps: Sequence[Given | Made],
-    merge: jax.Array,
-    *,
-    chunk: int | None,
-    keep: bool,
-    tile: Tile,
-    interpret: bool,
-) -> tuple[jax.Array, list[jax.Array]]:
-    """As `propagation.propagate_forward`, with one tile: one warpgroup and at least as many pixels as H and as W."""
-    walks = [Pipeline(x.shape, direction, None, tile, reverse=False) for direction in DIRECTIONS]
-    stages = min(walk.stages for walk in walks)
-    for walk in walks:
-        walk.stages = stages
-    sources: list[Any] = [
-        of_direction.of(walk, d, one_direction=False)
-        for d, (of_direction, walk) in enumerate(zip(maps, walks, strict=True))
-    ]
-    inputs = list({id(array): array for source in sources for array in source.inputs}.values())
-    state, rows, channels = StateLines(walks[0], 1), tile.rows, tile.channels
-    last = len(DIRECTIONS) - 1
+def forward(
+    x: jax.Array, sources: Sequence[Made], merge: jax.Array, results: Results, *, interpret: bool
+) -> dict[str, jax.Array]:
+    """As `kernels.forward`, for all directions.
 
-    def body(launch, *refs):
-        refs = list(refs)
-        x_ref = refs.pop(0)
-        map_refs = dict(zip(map(id, inputs), primitives.take(refs, inputs), strict=True))
-        merge_ref, _, y_ref = primitives.take(refs, range(3))
-        h_refs = primitives.take(refs, DIRECTIONS if keep else ())
-        _, x_map, y_map = primitives.take(refs, range(3))
-        map_scratch = primitives.take(refs, sources[0].scratch)
-        y_out = refs.pop(0)
-        h_out: Any = refs.pop(0) if keep else None
-        lines, arrived, x_arrived = refs
+    Args:
+        x: (B, H, W, C).
+        sources: of the maps of each direction. Their frames have the same tile: one warpgroup, at least as many pixels
+            as H and as W, and all chunks.
+        merge: (4,) float32.
+        results: "y", (B, H, W, C), and (B, 4, H, W, C) "h" or not.
+        interpret: whether the interpreter runs the kernel.
+    """
+    frames = [source.frame for source in sources]
+    state, tile = StateLines(frames[0], 1), frames[0].tile
+    rows, channels, keep, last = tile.rows, tile.channels, "h" in results, len(sources) - 1
 
-        for d, (walk, source) in enumerate(zip(walks, sources, strict=True)):
-            walk.enter(launch)
-            source.enter([map_refs[id(array)] for array in source.inputs], map_scratch)
+    def body(refs, scratch):
+        lines, x_map, y_map = scratch["lines"], scratch["x_map"], scratch["y_map"]
+        for d, source in enumerate(sources):
+            source.frame.enter(0)
+            source.enter(refs, scratch)
             if d:
                 source.follow(sources[d - 1])
-        zero = walks[0].pixel
-        whole = pl.ds(zero, rows)
-        primitives.fetch(x_ref.at[walks[0].image, whole, whole, walks[0].block], x_map, x_arrived)
+        frame = frames[0]
+        whole = pl.ds(frame.pixel, rows)
+        primitives.fetch(refs["x"].at[frame.image, whole, whole, frame.block], x_map, scratch["x_arrived"])
         sources[0].start()
 
-        def load(d):
-            def start(n, at):
-                sources[d].fetch(n, at, arrived.at[at])
+        for d, (frame, source) in enumerate(zip(frames, sources, strict=True)):
+            scale = refs["merge"][d]
 
-            return start if sources[d].copies else None
+            def compute(n, _, out, now, same, d=d, frame=frame, source=source, scale=scale):
+                def arithmetic(maps):
+                    (axis,) = frame.axes
+                    x_line, y_line = (
+                        ref.at[frame.line(n)] if axis == 1 else ref.at[:, frame.line(n)] for ref in (x_map, y_map)
+                    )
+                    line = primitives.load(x_line, is_part=True)
+                    neighbours = [lines.at[now, 0, state.rows(shift)] for shift in (-1, 1)]
+                    mixed = frame.unless_restarted(n, lambda: mix(maps, neighbours, same))
+                    h, kept = advance(mixed, maps, line, x.dtype)
+                    lines[1 - now, 0, state.rows()] = h
+                    part = scale * share(maps, kept, line)
+                    if d:
+                        part += primitives.load(y_line, is_part=True)
+                    if d < last:
+                        y_line[...] = part
+                    else:
+                        scratch["y"][0, out] = part.astype(x.dtype)
+                    if keep:
+                        scratch["h"][0, out] = kept
+                    return h
 
-        for d, (walk, source) in enumerate(zip(walks, sources, strict=True)):
-            merge = merge_ref[walk.image, d]
-            restarts = chunk if chunk is not None and chunk < walk.lines else 0
+                return source.during(n, None, arithmetic)
 
-            def compute(n, at, out, now, same, d=d, walk=walk, source=source, merge=merge, restarts=restarts):
-                read = source.read(n, at)
-                shifted = (lines.at[now, 0, state.rows(shift)] for shift in (-1, 1))
-                smaller, larger = (primitives.load(ref) for ref in shifted)
-                neighbours = smaller, same, larger
-                if restarts:
-                    # Selected, not multiplied by 0: a product would pass on NaN and infinity.
-                    starts = lax.rem(n, restarts) == 0
-                    neighbours = [jnp.where(starts, 0.0, neighbour) for neighbour in neighbours]
-                x_line, y_line = (
-                    ref.at[walk.line(n)] if walk.axis == 1 else ref.at[:, walk.line(n)] for ref in (x_map, y_map)
-                )
-                h, kept, part = advance(read, primitives.load(x_line, is_part=True), merge, neighbours, x.dtype)
-                lines[1 - now, 0, state.rows()] = h
-                if d:
-                    part += primitives.load(y_line, is_part=True)
-                if d < last:
-                    y_line[...] = part
-                else:
-                    y_out[0, out] = part.astype(x.dtype)
-                if keep:
-                    h_out[0, out] = kept
-                return h
-
-            def store(n, out, d=d, walk=walk):
+            def store(n, out, d=d, frame=frame):
+                (axis,) = frame.axes
                 if d == last:
-                    walk.store(y_out.at[0, out], y_ref, n)
+                    frame.store(scratch["y"].at[0, out], refs["y"], axis, n)
                 if keep:
-                    walk.store(h_out.at[0, out], h_refs[d], n)
+                    frame.store(scratch["h"].at[0, out], refs["h"], axis, n, slot=d)
 
             state.clear(lines, None)
             if d == 0:
-                primitives.wait(x_arrived)
-            before = sum(other.lines for other in walks[:d])
-            following = load(d + 1) if d < last else None
-            same = primitives.zeros(rows, channels)
+                primitives.wait(scratch["x_arrived"])
+            before = sum(other.lines for other in frames[:d])
             source.prepare()
-            walk.walk(load(d), compute, store, arrived, None, same, before=before, following=following)
+            same = primitives.zeros(rows, channels)
+            frame.walk(None, compute, store, None, None, same, before=before)
         primitives.wait_written()
 
-    memory = primitives.shared_memory
-    scratch = [
-        memory((rows, rows, channels), x.dtype),
-        memory((rows, rows, channels), jnp.float32),
-        *sources[0].scratch,
-        memory((1, tile.stores, rows, channels), x.dtype),
-        *([memory((1, tile.stores, rows, channels), x.dtype)] if keep else []),
-        state.scratch,
-        primitives.barriers(max(1, sources[0].copies), stages),
-        primitives.barriers(1),
-    ]
-    results = [primitives.Blank(x.shape, x.dtype, interpret) for _ in range(1 + 4 * keep)]
-    walks[0].run("propagation_on_chip", body, (x, *inputs, merge), results, 1, scratch, interpret)
-    y, *states = (ref[...] for ref in results)
-    return y, states
+    memory: Any = primitives.shared_memory
+    scratch = dict(
+        **sources[0].scratch,
+        x_map=memory((rows, rows, channels), x.dtype),
+        y_map=memory((rows, rows, channels), "float32"),
+        **{name: memory((1, tile.stores, rows, channels), x.dtype) for name in results},
+        lines=state.scratch,
+        x_arrived=primitives.barriers(1),
+    )
+    inputs = {"x": x, "merge": merge, **{name: array for source in sources for name, array in source.inputs.items()}}
+    return frames[0].run("low_rank_on_chip", body, inputs, results, 1, scratch, interpret)

@@ -1,7 +1,6 @@
 """The Mosaic kernels as an implementation of the operations."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -9,11 +8,14 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.directions import DIRECTIONS
-from pallas_kernels.mosaic import line_scan, on_chip, primitives, propagation
-from pallas_kernels.mosaic.forms import Form, GivenForms, MadeForms
+from pallas_kernels.merging import merged
+from pallas_kernels.mosaic import kernels, layouts, on_chip, primitives
+from pallas_kernels.mosaic.layouts import Layout, lay_out
+from pallas_kernels.mosaic.maps import Loaded, Made
 from pallas_kernels.mosaic.tiles import Tile
+from pallas_kernels.mosaic.variants import ON_CHIP
 from pallas_kernels.sharding import vary_alike
-from pallas_kernels.up_projection import maps_of
+from pallas_kernels.up_projection import UpProjection, gradients_of_maps, maps_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,128 +29,177 @@ class Kernels:
     interpret: bool = False
 
     def scan_forward(
-        self, x, weights, lam, direction: str, chunk: int | None, *, from_logits: bool, tile: Tile | None = None
-    ) -> jax.Array:
-        """h of `line_scan` or `line_scan_from_logits`: (B, H, W, C) in x's dtype."""
+        self, x, weights, lam, *, directions: tuple[str, ...], chunk: int | None, from_logits: bool,
+        tile: Tile | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """h of line scans in D directions: (B, D, H, W, C) in x's dtype.
+
+        Args:
+            x: (B, H, W, C).
+            weights: (B, H, W, D, 3, C_w), or their logits.
+            lam: (B, H, W, D, C).
+            directions: the D directions.
+            chunk: lines after which the scans restart, or None.
+            from_logits: whether the weights are given as logits.
+            tile: of every launch; None for the planned ones.
+        """
 
         def scan(x, weights, lam):
-            form = Form("forward", x, weights, (x, lam), (x,), direction, chunk, tile, self.interpret)
-            arrays = form.map(x), form.weights(weights), form.map(lam)
-            return form.map_back(self._scan(line_scan.scan_forward, form, from_logits, *arrays))
+            layout = self._scan_layout("forward", x, weights, lam, directions, chunk, tile)
+
+            def run(x, weights, lam):
+                results: Any = {"h": layout.states(x.dtype)}
+                for frame, one in zip(layout.frames(), weights, strict=True):
+                    source = Loaded(frame, one, lam, from_logits)
+                    results = kernels.forward(x, source, results, interpret=self.interpret)
+                return results["h"]
+
+            return layout.map_back(self._run(run, layout.map(x), layout.weights(weights), layout.map(lam)))
 
         return _folded(scan)(x, weights, lam)
 
     def scan_backward(
-        self, x, weights, lam, h, grad_h, direction: str, chunk: int | None, *, from_logits: bool,
+        self, x, weights, lam, h, grad_h, *, directions: tuple[str, ...], chunk: int | None, from_logits: bool,
         tile: Tile | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-        """Gradients of x, weights (or logits) and lam, each in its own dtype."""
+        """Gradients of x, weights (or logits) and lam, each in its own dtype, from h and its gradient."""
 
         def scan(x, weights, lam, h, grad_h):
-            loads, stores = (x, lam, grad_h, h), (x, lam)
-            form = Form("backward", x, weights, loads, stores, direction, chunk, tile, self.interpret)
-            arrays = form.map(x), form.weights(weights), form.map(lam), form.map(h), form.map(grad_h)
-            grad_x, grad_weights, grad_lam = self._scan(line_scan.scan_backward, form, from_logits, *arrays)
-            return form.map_back(grad_x), form.weights_back(grad_weights), form.map_back(grad_lam)
+            layout = self._scan_layout("backward", x, weights, lam, directions, chunk, tile)
+
+            def run(x, weights, lam, h, grad_h):
+                results: Any = {"x": layout.states(x.dtype)}
+                of_weights = []
+                for frame, one in zip(layout.frames(), weights, strict=True):
+                    source = Loaded(frame, one, lam, from_logits)
+                    fresh = {name: like for name, like in source.gradients.items() if name not in results}
+                    results = kernels.backward(
+                        x, source, h, grad_h, None, {**results, **fresh}, interpret=self.interpret
+                    )
+                    of_weights.append(results.pop("weights") if layout.is_shared else results["weights"])
+                return results["x"], of_weights, results["lam"]
+
+            arrays = layout.map(x), layout.weights(weights), *map(layout.map, (lam, h, grad_h))
+            of_x, of_weights, of_lam = self._run(run, *arrays)
+            return (
+                _added(layout.map_back(of_x), x),
+                layout.weights_back(of_weights, weights.dtype),
+                layout.map_back(of_lam),
+            )
 
         return _folded(scan)(x, weights, lam, h, grad_h)
 
-    def propagation_forward(
-        self, x, logits, lam, gate, skip, merge, chunk: int | None, keep: bool, variant: str = "fused"
-    ) -> tuple[jax.Array, tuple]:
-        """y of the aligned `propagate`, and h of the four directions if `keep`; else h is not written.
-
-        `variant` is "fused" or "fused_on_chip".
-        """
-        on_chip = variant == "fused_on_chip"
-
-        def run(x, logits, lam, gate, merge, *skip):
-            given = GivenForms(
-                "forward", x, logits, lam, gate, *skip, chunk=chunk, on_chip=on_chip, interpret=self.interpret
-            )
-            return self._forward(given, keep, on_chip, merge, x, given.arrays(logits, lam, gate, *skip))
-
-        y, *states = _folded(run)(x, logits, lam, gate, _for_each_image(merge, x), *([] if skip is None else [skip]))
-        return y, tuple(states)
-
-    def propagation_backward(self, x, logits, lam, gate, skip, merge, h, grad_y, chunk: int | None) -> tuple:
-        """Gradients of x, logits, lam, gate, skip (None where skip is) and merge, each in its own dtype."""
-
-        def run(x, logits, lam, gate, merge, grad_y, *others):
-            h, skip = others[:4], others[4:]
-            given = GivenForms(
-                "backward", x, logits, lam, gate, *skip, chunk=chunk, on_chip=False, interpret=self.interpret
-            )
-            return self._backward(given, merge, x, grad_y, h, given.arrays(logits, lam, gate, *skip))
-
-        arrays = (x, logits, lam, gate, _for_each_image(merge, x), grad_y, *h, *([] if skip is None else [skip]))
-        grad_x, of_merge, grad_logits, *of_maps = _folded(run)(*arrays)
-        of_maps += [None] if skip is None else []
-        return grad_x, grad_logits, *of_maps, jnp.sum(of_merge, axis=0).astype(merge.dtype)
-
     def low_rank_forward(
-        self, x, proxy, up, merge, chunk: int | None, keep: bool, variant: str
+        self, x, proxy, up: UpProjection, merge, *, chunk: int | None, keep: bool, variant: str
     ) -> tuple[jax.Array, tuple]:
-        """As `propagation_forward`, from the 16-bit `proxy` and `up` of `propagate_low_rank`, by any variant."""
-        if not variant.startswith("low_rank"):
-            return self.propagation_forward(x, *maps_of(proxy, up), merge, chunk, keep, variant)
-        on_chip = variant == "low_rank_on_chip"
+        """y of `propagate_low_rank`, (B, H, W, C), and if `keep` the states: h, (B, 4, H, W, C).
 
-        def run(up, x, proxy, merge):
-            made = MadeForms("forward", x, proxy, up, chunk=chunk, on_chip=on_chip, interpret=self.interpret)
-            return self._forward(made, keep, on_chip, merge, x, made.arrays(proxy))
-
-        y, *states = _folded(run, first=1)(up, x, proxy, _for_each_image(merge, x))
-        return y, tuple(states)
-
-    def low_rank_backward(self, x, proxy, up, merge, h, grad_y, chunk: int | None, variant: str) -> tuple:
-        """Gradients of x, the maps and merge, as `propagation_backward`; those of logits have C_w or C channels.
-
-        `variant` is "fused", which makes the maps again in memory, or "low_rank", which makes them in the kernels.
+        Args:
+            x: (B, H, W, C).
+            proxy: (B, H, W, S), 16-bit.
+            up: in the proxy's dtype.
+            merge: (4,).
+            chunk: lines after which the scans restart, or None.
+            keep: whether h is kept for the gradient.
+            variant: a name in `VARIANTS`.
         """
-        if variant == "fused":
+        if variant == "scans":
+            weights, lam, gate, skip = maps_of(proxy, up)
+            h = self.scan_forward(x, weights, lam, directions=DIRECTIONS, chunk=chunk, from_logits=True)
+            return merged(x, h, gate, skip, merge), ((h,) if keep else ())
+        is_on_chip = variant.endswith(ON_CHIP)
+
+        def propagate(up, merge, x, proxy):
+            kind = layouts.low_rank_kind("forward", x, proxy.shape[-1], keep=keep, on_chip=is_on_chip)
+            layout = self._low_rank_layout(kind, x, up, chunk)
+
+            def run(x, sources, merge):
+                results: Any = {"h": layout.states(x.dtype)} if keep else {}
+                if is_on_chip:
+                    results["y"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+                    return on_chip.forward(x, sources, merge, results, interpret=self.interpret)
+                results["share"] = layout.states(x.dtype)
+                for source in sources:
+                    results = kernels.forward(x, source, results, interpret=self.interpret)
+                return results
+
+            found = self._run_made(run, layout, up, proxy, layout.map(x), merge)
+            y = layout.map_back(found["y"]) if is_on_chip else _added(layout.map_back(found["share"]), x, merge)
+            return y, ((layout.map_back(found["h"]),) if keep else ())
+
+        return _folded(propagate, first=2)(up, merge.astype(jnp.float32), x, proxy)
+
+    def low_rank_backward(
+        self, x, proxy, up: UpProjection, merge, states: tuple, grad_y, *, chunk: int | None, variant: str
+    ) -> tuple[jax.Array, jax.Array, UpProjection, jax.Array]:
+        """Gradients of x, in its dtype, and of proxy, up and merge, float32; arguments as in `low_rank_forward`.
+
+        `variant` is "scans", which makes the maps again in memory, or "low_rank", which makes them in the kernel.
+        """
+        (h,) = states
+        if variant == "scans":
             # Without the barrier XLA reuses the maps of the forward pass and keeps them in memory until then.
             proxy, up, grad_y = jax.lax.optimization_barrier((proxy, up, grad_y))
-            return self.propagation_backward(x, *maps_of(proxy, up), merge, h, grad_y, chunk)
+            weights, lam, *others = maps_of(proxy, up)
+            _, pull = jax.vjp(merged, x, h, *others, merge)
+            of_x, of_h, of_gate, of_skip, of_merge = pull(grad_y)
+            options: Any = dict(directions=DIRECTIONS, chunk=chunk, from_logits=True)
+            more, of_weights, of_lam = self.scan_backward(x, weights, lam, h, of_h, **options)
+            of_x = (of_x.astype(jnp.float32) + more.astype(jnp.float32)).astype(x.dtype)
+            of_maps = of_weights, of_lam, of_gate, of_skip
+            return of_x, *gradients_of_maps(proxy, up, of_maps), of_merge.astype(jnp.float32)
 
-        def run(up, x, proxy, merge, grad_y, *h):
-            made = MadeForms("backward", x, proxy, up, chunk=chunk, on_chip=False, interpret=self.interpret)
-            return self._backward(made, merge, x, grad_y, h, made.arrays(proxy))
+        def propagate(up, merge, x, proxy, h, grad_y):
+            layout = self._low_rank_layout(layouts.low_rank_kind("backward", x, proxy.shape[-1]), x, up, chunk)
 
-        grad_x, of_merge, *of_maps = _folded(run, first=1)(up, x, proxy, _for_each_image(merge, x), grad_y, *h)
-        of_maps += [None] if up[-1] is None else []
-        return grad_x, *of_maps, jnp.sum(of_merge, axis=0).astype(merge.dtype)
+            def run(x, sources, h, grad_y, merge):
+                results: Any = {"x": layout.states(x.dtype), **sources[0].gradients}
+                for source in sources:
+                    results = kernels.backward(x, source, h, grad_y, merge, results, interpret=self.interpret)
+                return results
 
-    def _forward(self, forms: GivenForms | MadeForms, keep: bool, is_on_chip: bool, merge, x, arrays):
-        def kernels(x, merge, arrays):
-            options: Any = dict(chunk=forms.chunk, keep=keep, interpret=self.interpret)
-            if is_on_chip:
-                run = functools.partial(on_chip.propagate_forward, tile=forms.tiles[0])
-            else:
-                run = functools.partial(propagation.propagate_forward, tiles=forms.tiles)
-            return run(x, forms.maps(arrays), merge, **options)
+            arrays = map(layout.map, (x, h, grad_y))
+            found = self._run_made(run, layout, up, proxy, *arrays, merge)
+            found = {name: layout.map_back(array) for name, array in found.items()}
+            logits = found["weights"].reshape(*x.shape[:3], 4, 3, -1)
+            return _added(found["x"], x), logits, *(found.get(name) for name in ("lam", "gate", "skip"))
 
-        y, states = self._run(kernels, forms.map(x), merge, arrays)
-        return [forms.map_back(array) for array in (y, *states)]
+        merge = merge.astype(jnp.float32)
+        of_x, *of_maps = _folded(propagate, first=2)(up, merge, x, proxy, h, grad_y)
+        # The kernel's gradients are those of merge times gate and skip.
+        of_proxy, of_up = gradients_of_maps(proxy, _scaled(up, merge), tuple(of_maps))
+        pairs = [(up.gate, of_up.gate), *([] if up.skip is None else [(up.skip, of_up.skip)])]
+        of_merge = sum(jnp.einsum("sdc,sdc->d", array.astype(grad.dtype), grad) for array, grad in pairs)
+        return of_x, of_proxy, _scaled(of_up, merge), of_merge
 
-    def _backward(self, forms: GivenForms | MadeForms, merge, x, grad_y, h, arrays):
-        """Gradients of x, merge, logits, lam, gate and, if given, skip."""
+    def _scan_layout(self, kernel: str, x, weights, lam, directions, chunk, tile: Tile | None) -> Layout:
+        kind, options = layouts.scan_kind(kernel, x, weights, lam), dict(tile=tile, interpret=self.interpret)
+        layout = lay_out(kind, x.shape, weights.shape[-1], directions, chunk, **options)
+        if layout is None and tile is not None:
+            raise ValueError(f"tile: expected one that fits the {kernel} scan of x {x.shape}, got {tile!r}")
+        if layout is None:
+            raise ValueError(f"x: expected a map that some tile fits, got {x.shape} {x.dtype.name}")
+        return layout
 
-        def kernels(x, grad_y, h, merge, arrays):
-            options: Any = dict(chunk=forms.chunk, tiles=forms.tiles, interpret=self.interpret)
-            return propagation.propagate_backward(x, forms.maps(arrays), merge, h, grad_y, **options)
+    def _low_rank_layout(self, kind: layouts.Kind, x, up: UpProjection, chunk: int | None) -> Layout:
+        layout = lay_out(kind, x.shape, up.logits.shape[-1], DIRECTIONS, chunk, interpret=self.interpret)
+        assert layout is not None, "variants.choose takes only what fits"
+        return layout
 
-        maps = forms.map(x), forms.map(grad_y), [forms.map(array) for array in h]
-        grad_x, of_logits, of_maps, of_merge = self._run(kernels, *maps, merge, arrays)
-        of_maps = [forms.map_back(grad) for grad in of_maps]
-        return [forms.map_back(grad_x), of_merge, forms.logits_back(of_logits), *of_maps]
+    def _run_made(self, function, layout: Layout, up: UpProjection, proxy, x, *arrays):
+        """function(x, sources, *arrays) with maps made from `proxy`, for each of the layout's frames."""
+        frames = layout.frames()
+        columns = [layout.columns(up, frame.tile) for frame in frames]
+        proxies, pitches = zip(*(layout.proxies(proxy, frame) for frame in frames), strict=True)
 
-    def _scan(self, kernel, form: Form, from_logits: bool, *arrays: jax.Array):
-        function = functools.partial(
-            kernel, direction=form.direction, chunk=form.chunk, from_logits=from_logits, tile=form.tile,
-            interpret=self.interpret,
-        )  # fmt: skip
-        return self._run(function, *arrays)
+        def run(columns, proxies, *given):
+            sources = [
+                Made(frame, of_frame, pitch, matrix, up.skip is not None, layout.on_chip)
+                for frame, of_frame, pitch, matrix in zip(frames, proxies, pitches, columns, strict=True)
+            ]
+            return function(given[0], sources, *given[1:])
+
+        return self._run(run, columns, list(proxies), x, *arrays)
 
     def _run(self, function, *arrays):
         """`function(*arrays)`, which launches kernels; arrays may be trees."""
@@ -157,8 +208,18 @@ class Kernels:
         return jax.tree.unflatten(structure, vary_alike(*leaves, *jax.tree.leaves(arrays))[: len(leaves)])
 
 
-def _for_each_image(merge: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(merge.astype(jnp.float32), (x.shape[0], len(DIRECTIONS)))
+def _scaled(up: UpProjection, merge: jax.Array) -> UpProjection:
+    """`up` with each direction's gate and skip times its merge."""
+    scale = lambda array: None if array is None else array * merge.astype(array.dtype)[:, None]  # noqa: E731
+    return up._replace(gate=scale(up.gate), skip=scale(up.skip))
+
+
+def _added(shares: jax.Array, x: jax.Array, merge: jax.Array | None = None) -> jax.Array:
+    """The sum of (B, D, H, W, C) over the directions, each times its merge if there is one, in x's dtype."""
+    if shares.shape[1] == 1:
+        return shares[:, 0]
+    shares = shares.astype(jnp.float32)
+    return jnp.sum(shares if merge is None else shares * merge[:, None, None, None], axis=1).astype(x.dtype)
 
 
 def _folded(function, first: int = 0):

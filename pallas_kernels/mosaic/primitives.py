@@ -3,10 +3,9 @@
 A warpgroup (128 threads) works on a tile of a line, (pixels, channels), in row-major order over its threads.
 """
 
-import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -93,23 +92,6 @@ def clear(ref: Any) -> None:
     ref[...] = plgpu.layout_cast(jnp.zeros(ref.shape, jnp.float32), strided)
 
 
-class Blank:
-    """A result that several launches fill one after the other, each a part; `[...]` reads it.
-
-    The first launch creates the array. If it existed before, it would be an operation without operands, and XLA
-    allocates those at the start of the program, for all layers at once.
-    """
-
-    def __init__(self, shape: Sequence[int], dtype: Any, interpret: bool):
-        self.like = jax.ShapeDtypeStruct(tuple(shape), dtype)
-        # In the interpreter it starts as NaN, so that elements that no kernel writes are noticed.
-        self.array: jax.Array | None = jnp.full(shape, jnp.nan, dtype) if interpret else None
-
-    def __getitem__(self, _: Any) -> jax.Array:
-        assert self.array is not None
-        return self.array
-
-
 def barriers(arrivals: int, count: int = 1) -> Any:
     """`count` barriers, each complete after `arrivals` TMA copies have arrived, or warpgroups have called `meet`."""
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
@@ -179,52 +161,52 @@ def wait_written() -> None:
 
 def launch(
     body: Callable[..., None],
-    inputs: Sequence[jax.Array],
-    outputs: Sequence[Any],
-    made: Sequence[jax.ShapeDtypeStruct],
-    scratch: Sequence[Any],
+    inputs: Mapping[str, jax.Array],
+    outputs: Mapping[str, Any],
+    made: Mapping[str, jax.ShapeDtypeStruct],
+    scratch: Mapping[str, Any],
     *,
     name: str,
-    grid: dict[str, int],
+    ctas: int,
     warpgroups: int,
     interpret: bool,
-) -> tuple[jax.Array, ...]:
-    """Runs a kernel once for each point of `grid`.
+) -> dict[str, jax.Array]:
+    """Runs a kernel with `ctas` CTAs.
 
     Args:
-        body: called with the refs of inputs, outputs, made and scratch.
+        body: body(refs, scratch) gets the refs of inputs, outputs and made arrays in one dictionary, and those of
+            scratch in another, by their names. `lax.axis_index` of "cta" and "warpgroup" tells its place.
         inputs: arrays that it reads.
         outputs: refs (`jax.new_ref`) of existing arrays that it writes into.
         made: arrays that this launch creates.
         scratch: shared memory and barriers of a CTA.
         name: of the kernel in compiled programs and profiles.
-        grid: axis names and sizes; `lax.axis_index(name)` gives a CTA's place. An axis "warpgroup" is added.
-        warpgroups: warpgroups of a CTA.
+        ctas: one axis, because CUDA's other two grid axes end at 65,535.
+        warpgroups: of a CTA.
         interpret: whether the interpreter runs it, checking for races.
 
     Returns:
         The arrays `made`.
     """
-    mesh = plgpu.Mesh(
-        grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=warpgroups, thread_name="warpgroup"
-    )
+    mesh = plgpu.Mesh(grid=(ctas,), grid_names=("cta",), num_threads=warpgroups, thread_name="warpgroup")
 
-    def kernel(*refs):
-        taken, given = refs[: len(inputs)], refs[len(inputs) :]
-        pl.run_scoped(functools.partial(body, *taken, *outputs, *given), *scratch, collective_axes="warpgroup")
+    def kernel(*given):
+        refs = dict(zip((*inputs, *made), given, strict=True)) | dict(outputs)
+        inside = lambda *arrays: body(refs, dict(zip(scratch, arrays, strict=True)))  # noqa: E731
+        pl.run_scoped(inside, *scratch.values(), collective_axes="warpgroup")
 
     run: Any = pl.kernel(
         kernel,
-        out_type=tuple(made),
+        out_type=tuple(made.values()),
         mesh=mesh,
-        # The kernels place the barriers within a warpgroup themselves: see Pipeline.walk.
+        # The kernels place the barriers within a warpgroup themselves: see Frame.walk.
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else False,
         name=name,
     )
-    return run(*inputs)
+    return dict(zip(made, run(*inputs.values()), strict=True))
 
 
 class _RecordedRaces(GPURaceDetectionState):
@@ -293,10 +275,3 @@ def full_stores(rows: int, channels: int) -> int:
 def margin(channels: int, dtype: Any) -> int:
     """The least number of pixels by which a copy can be shifted in shared memory: `ALIGNMENT` bytes."""
     return max(1, ALIGNMENT // (channels * jnp.dtype(dtype).itemsize))
-
-
-def take(refs: list[Any], like: Sequence[Any]) -> list[Any]:
-    """Removes the first refs from the list, one for each element of `like`, and returns them."""
-    taken = refs[: len(like)]
-    del refs[: len(like)]
-    return taken

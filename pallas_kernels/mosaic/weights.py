@@ -1,10 +1,11 @@
 """The three weights of each pixel inside a kernel: how they are laid out, loaded, normalised and differentiated.
 
 The weights, or their logits, come in one of two forms:
-    per channel: (B, H, W, 3, C), float32, or any float dtype for logits;
-    shared: (B, lines, C_w, 4, pixels) float32. Channel c uses weight channel c // (C / C_w). `lines` is the axis that
-        the scan walks and `pixels` the other one, rounded up to 16 bytes. Slot 3 is padding: a TMA copy needs whole
-        groups of 16 bytes. A channel block lies within one weight channel, so a kernel normalises its weights once.
+    per channel: (B, H, W, D * 3, C), float32, or any float dtype for logits;
+    shared: (B * D, lines, C_w, 4, pixels) float32, for the D directions of one launch. Channel c uses weight channel
+        c // (C / C_w). `lines` is the axis that a direction walks and `pixels` the other one, rounded up to 16 bytes.
+        Slot 3 is padding: a TMA copy needs whole groups of 16 bytes. A channel block lies within one weight channel, so
+        a kernel normalises its weights once.
 
 The normalisation is that of `pallas_kernels.stability` with few special functions: each of the three sigmoids takes one
 special-function instruction (the power of two), and one more inverts their sum. With the GPU's approximations (the
@@ -20,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic import primitives
-from pallas_kernels.mosaic.pipeline import Pipeline
+from pallas_kernels.mosaic.frame import Frame
 from pallas_kernels.stability import LOGIT_FLOOR
 
 SLOTS = 3
@@ -30,82 +31,89 @@ SHARED_SLOTS = 4
 class Weights:
     """Loads the weights of a tile in either form, and writes their gradients back in the same form."""
 
-    def __init__(self, walk: Pipeline, array: jax.Array, from_logits: bool, direction: int = 0):
+    def __init__(self, frame: Frame, like: jax.Array | jax.ShapeDtypeStruct, from_logits: bool):
         """Takes the shapes of a kernel's weights.
 
         Args:
-            walk: the kernel's walk.
-            array: the weights or logits, in either form. Where it is (B, H, W, 12, C), each direction has 3 slots.
-            from_logits: whether `array` holds logits.
-            direction: which 3 of the 12 slots are used.
+            frame: the kernel's walk.
+            like: the weights or logits, in either form.
+            from_logits: whether they are logits.
         """
-        self.walk, self.from_logits, self.dtype = walk, from_logits, array.dtype
-        self.slots = pl.ds(SLOTS * direction, SLOTS)
-        self.rows, self.channels = walk.tile.rows, walk.tile.channels
-        self.is_shared = array.shape[3] == SHARED_SLOTS
-        self.sharing = walk.channels // (array.shape[2] if self.is_shared else array.shape[4])
+        self.frame, self.from_logits, self.dtype = frame, from_logits, like.dtype
+        self.rows, self.channels = frame.tile.rows, frame.tile.channels
+        self.is_shared = like.shape[3] == SHARED_SLOTS
+        self.sharing = frame.channels // (like.shape[2] if self.is_shared else like.shape[4])
         self.tile = (SHARED_SLOTS, self.rows) if self.is_shared else (self.rows, SLOTS, self.channels)
 
-    def fetch(self, ref, target, n, barrier) -> None:
+    def fetch(self, ref: Any, target: Any, axis: int, n: Any, barrier: Any) -> None:
         """Starts the copy of line n into `target` in shared memory, an array of shape `tile`."""
-        walk = self.walk
+        frame = self.frame
         if self.is_shared:
-            channel = lax.div(walk.block_index * self.channels, self.sharing)
-            source = ref.at[walk.image, walk.line(n), channel, :, walk.rows()]
+            channel = lax.div(frame.block_index * self.channels, self.sharing)
+            primitives.fetch(ref.at[self._walk, frame.line(n), channel, :, frame.rows()], target, barrier)
         else:
-            source = walk.at(ref, walk.line(n), walk.rows(), self.slots)
-        primitives.fetch(source, target, barrier)
+            frame.fetch(ref, target, axis, n, barrier, part=self._slots)
 
-    def read(self, ref: Any):
+    def read(self, ref: Any) -> tuple[list[jax.Array], Any]:
         """The weights that `fetch` has copied, three (rows, channels) tiles, and the values that `gradients` needs."""
         if self.is_shared:
             return self.weights([primitives.load_pixels(ref.at[k], self.channels) for k in range(SLOTS)])
         return self.weights([primitives.load(ref.at[:, k]) for k in range(SLOTS)])
 
-    def weights(self, given: list[jax.Array]):
+    def weights(self, given: list[jax.Array]) -> tuple[list[jax.Array], Any]:
         """As `read`, from weights or logits in registers: (rows, channels) tiles, or (rows,) where they are shared."""
         numbers = primitives.pixel_numbers if self.is_shared else primitives.pixels
-        pixel = self.walk.pixel + numbers(self.rows, self.channels)
+        pixel = self.frame.pixel + numbers(self.rows, self.channels)
         weights, kept = given, None
         if self.from_logits:
             parts, factor = shares(given)
-            weights = normalise(parts, pixel, self.walk.length)
-            kept = [given, parts, factor, weights]
+            weights = normalise(parts, pixel, self.frame.length)
+            kept = given, parts, factor, weights
         if self.is_shared:
             weights = [primitives.spread(weight, self.channels) for weight in weights]
         return weights, kept
 
-    def gradients(self, grads, kept):
+    def gradients(self, grads: list[jax.Array], kept: Any) -> list[jax.Array]:
         """Gradients of the weights or logits as given, from those of the weights of each channel."""
         if self.is_shared:
             grads = [jnp.sum(grad, axis=1) for grad in grads]  # (rows, channels) to (rows,)
-        return pass_to_logits(*kept, grads) if self.from_logits else grads  # pyright: ignore
+        return pass_to_logits(*kept, grads) if self.from_logits else grads
 
-    def write(self, ref, grads) -> None:
+    def write(self, ref: Any, grads: list[jax.Array]) -> None:
         """Writes `gradients` into shared memory, from where `store` copies them."""
         for k, grad in enumerate(grads):
             ref[(k, slice(None)) if self.is_shared else (slice(None), k)] = grad.astype(self.dtype)
 
-    def gradient_like(self, array: jax.Array) -> jax.ShapeDtypeStruct:
+    def gradient_like(self, like: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """The gradient's shape in memory. For shared weights each channel block writes a part, to be summed by XLA."""
         if not self.is_shared:
-            return jax.ShapeDtypeStruct(array.shape, array.dtype)
-        walk, tile = self.walk, self.walk.tile
-        pixels = max(array.shape[4], walk.segments * tile.own if tile.ghost else 0)
-        return jax.ShapeDtypeStruct((walk.batch, walk.lines, walk.blocks, SHARED_SLOTS, pixels), jnp.float32)
+            return jax.ShapeDtypeStruct(like.shape, like.dtype)
+        frame, tile = self.frame, self.frame.tile
+        pixels = max(like.shape[4], frame.segments * tile.own if tile.ghost else 0)
+        return jax.ShapeDtypeStruct((like.shape[0], frame.lines, frame.blocks, SHARED_SLOTS, pixels), jnp.float32)
 
-    def store(self, source, ref, n) -> None:
+    def store(self, source: Any, ref: Any, axis: int, n: Any) -> None:
         """Starts the copy of line n's gradients out of shared memory."""
-        walk, tile = self.walk, self.walk.tile
+        frame, tile = self.frame, self.frame.tile
         if not self.is_shared:
-            walk.store(source, ref, n, self.slots)
+            frame.store(source, ref, axis, n, part=self._slots)
         elif tile.ghost:
-            own = pl.ds(walk.segment * tile.own, tile.own)
+            own = pl.ds(frame.segment * tile.own, tile.own)
             for k in range(SLOTS):
-                target = ref.at[walk.image, walk.line(n), walk.block_index, k, own]
-                primitives.store(source.at[k, pl.ds(walk.offset, tile.own)], target)
+                target = ref.at[self._walk, frame.line(n), frame.block_index, k, own]
+                primitives.store(source.at[k, pl.ds(frame.offset, tile.own)], target)
         else:
-            primitives.store(source, ref.at[walk.image, walk.line(n), walk.block_index, :, walk.rows()])
+            primitives.store(source, ref.at[self._walk, frame.line(n), frame.block_index, :, frame.rows()])
+
+    @property
+    def _slots(self) -> Any:
+        """The direction's slots in the per-channel form."""
+        return pl.ds(SLOTS * self.frame.slot, SLOTS)
+
+    @property
+    def _walk(self) -> Any:
+        """The index of image and direction in the shared form."""
+        return self.frame.image * len(self.frame.directions) + self.frame.direction
 
 
 def shares(logits: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
