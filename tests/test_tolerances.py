@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.tolerances import card_tolerances
 from tests.tolerances import TOLERANCES, assert_close, rms_ratio
 
 
@@ -23,6 +24,12 @@ def test_rms_ratio_is_the_ratio_of_root_mean_squares():
 def test_zero_reference():
     assert rms_ratio(np.zeros(3), np.zeros(3)) == 0.0
     assert rms_ratio(np.array([0.0, 1e-30]), np.zeros(2)) == float("inf")
+
+
+def test_a_card_gets_more_only_in_float32():
+    given, made = (card_tolerances(made_maps=made) for made in (False, True))
+    assert {dtype for dtype in TOLERANCES if given[dtype] != TOLERANCES[dtype]} == {"float32"}
+    assert TOLERANCES["float32"] < given["float32"] < made.pop("float32") and made.items() < given.items()
 
 
 @pytest.mark.parametrize("dtype", sorted(TOLERANCES.keys() - {"float64"}))
