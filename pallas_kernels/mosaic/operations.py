@@ -210,7 +210,7 @@ class Kernels:
 
 def _scaled(up: UpProjection, merge: jax.Array) -> UpProjection:
     """`up` with each direction's gate and skip times its merge."""
-    scale = lambda array: None if array is None else array * merge.astype(array.dtype)[:, None]  # noqa: E731
+    scale = lambda array: None if array is None else array * merge.astype(array.dtype)[None, :, None]  # noqa: E731
     return up._replace(gate=scale(up.gate), skip=scale(up.skip))
 
 
@@ -219,7 +219,9 @@ def _added(shares: jax.Array, x: jax.Array, merge: jax.Array | None = None) -> j
     if shares.shape[1] == 1:
         return shares[:, 0]
     shares = shares.astype(jnp.float32)
-    return jnp.sum(shares if merge is None else shares * merge[:, None, None, None], axis=1).astype(x.dtype)
+    if merge is not None:
+        shares *= merge[None, :, None, None, None]
+    return jnp.sum(shares, axis=1).astype(x.dtype)
 
 
 def _folded(function, first: int = 0):
