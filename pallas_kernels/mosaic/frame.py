@@ -125,13 +125,22 @@ class Frame:
         is_first = lax.rem(self._position(n), self.chunk) == 0
         return jnp.where(is_first, self.lines, self.line(n + 1 if self.reverse else n - 1))
 
-    def unless_restarted(self, n: Any, compute: Callable[[], Any]) -> Any:
-        """compute(), what line n gets from the line walked before; zeros where the walk enters another chunk there."""
-        if self.group == self.chunk:  # the first line finds a state of zeros
+    def unless_first(self, n: Any, compute: Callable[[], Any], otherwise: Callable[[], Any] | None = None) -> Any:
+        """compute(), or otherwise() if line n is its chunk's first in the order of the direction; zeros by default.
+
+        It saves work. Where a CTA walks one chunk only, compute() finds zeros there and gives the same.
+        """
+        return self._unless(lax.rem(self._position(n), self.chunk) == 0, compute, otherwise)
+
+    def unless_last(self, n: Any, compute: Callable[[], Any]) -> Any:
+        """compute(), or zeros if line n is the last of its chunk, likewise."""
+        return self._unless(lax.rem(self._position(n) + 1, self.chunk) == 0, compute, None)
+
+    def _unless(self, condition: Any, compute: Callable[[], Any], otherwise: Callable[[], Any] | None) -> Any:
+        if self.group == self.chunk:
             return compute()
-        position = self._position(n)
-        starts = lax.rem(position + 1 if self.reverse else position, self.chunk) == 0
-        return lax.cond(starts, lambda: primitives.zeros(self.tile.rows, self.tile.channels), compute)
+        nothing = lambda: primitives.zeros(self.tile.rows, self.tile.channels)  # noqa: E731
+        return lax.cond(condition, otherwise or nothing, compute)
 
     def by_axis(self, copy: Callable[[int], None]) -> None:
         """copy(axis) for the axis that this CTA walks, 1 for rows and 2 for columns."""

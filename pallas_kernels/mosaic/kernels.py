@@ -16,10 +16,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import primitives
+from pallas_kernels.mosaic import instructions, primitives
 from pallas_kernels.mosaic.frame import StateLines
 from pallas_kernels.mosaic.maps import Line, Loaded, Made
 
@@ -58,7 +57,7 @@ def forward(x: jax.Array, source: Loaded | Made, results: Results, *, interpret:
             def arithmetic(maps):
                 line = primitives.load(scratch["x"].at[own, at])
                 neighbours = [lines.at[now, 0, state.rows(shift)] for shift in (-1, 1)]
-                mixed = frame.unless_restarted(n, lambda: mix(maps, neighbours, same))
+                mixed = frame.unless_first(n, lambda: mix(maps, neighbours, same))
                 h, kept = advance(mixed, maps, line, x.dtype)
                 lines[1 - now, 0, state.rows()] = h
                 if "h" in results:
@@ -123,7 +122,7 @@ def advance(mixed: jax.Array, maps: Line, x: jax.Array, dtype: Any) -> tuple[jax
 def share(maps: Line, kept: jax.Array, x: jax.Array) -> jax.Array:
     """What a line adds to y. The gate multiplies h as it is kept, rounded: the backward pass will read it so."""
     assert maps.gate is not None
-    part = maps.gate * kept.astype(jnp.float32)
+    part = maps.gate * instructions.widen(kept)
     return part if maps.skip is None else part + maps.skip * x
 
 
@@ -189,7 +188,6 @@ def backward(
         def compute(n, at, out, now, same):
             def arithmetic(maps):
                 line, grad_line = (primitives.load(scratch[name].at[own, at]) for name in ("x", "grad"))
-                w, kept = maps.weights()
 
                 def passed():
                     return same + (
@@ -198,13 +196,21 @@ def backward(
                     )
 
                 merged = grad_line if scale is None else scale * grad_line
-                g = (merged if maps.gate is None else maps.gate * merged) + frame.unless_restarted(n, passed)
-                lines[1 - now, 0, state.rows()] = w[0] * g
-                lines[1 - now, 1, state.rows()] = w[2] * g
+                g = (merged if maps.gate is None else maps.gate * merged) + frame.unless_last(n, passed)
+                grad_weights = scratch["grad_weights"].at[own, out]
 
-                before = frame.before(scratch["before"].at[own, at], margin)
-                of_weights = weights.gradients([g * neighbour for neighbour in before], kept)
-                weights.write(scratch["grad_weights"].at[own, out], of_weights)
+                def pass_on():
+                    w, kept = maps.weights()
+                    lines[1 - now, 0, state.rows()] = w[0] * g
+                    lines[1 - now, 1, state.rows()] = w[2] * g
+                    before = frame.before(scratch["before"].at[own, at], margin)
+                    weights.write(grad_weights, weights.gradients([g * neighbour for neighbour in before], kept))
+                    return w[1] * g
+
+                def end():
+                    weights.clear(grad_weights)
+                    return primitives.zeros(rows, channels)
+
                 found = {"x": maps.lam * g, "lam": line * g}
                 if maps.gate is not None:
                     found["gate"] = primitives.load(scratch["h"].at[own, at]) * grad_line
@@ -214,7 +220,7 @@ def backward(
                 for name, value in found.items():
                     ref = scratch[f"grad_{name}"]
                     ref[own, out] = value.astype(ref.dtype)
-                return w[1] * g
+                return frame.unless_first(n, pass_on, end)
 
             return source.during(n, at, arithmetic)
 

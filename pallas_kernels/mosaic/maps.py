@@ -173,8 +173,11 @@ class Made:
         def arithmetic():
             pixels = pl.ds((frame.line(n) - product * self.lines) * rows, rows)
             maps = self._scratch["maps"].at[frame.warpgroup, self._buffer(k), pixels]
-            read = lambda k: primitives.load(maps.at[:, pl.ds(k * channels, channels)], is_part=True)  # noqa: E731
-            weights = lambda: self.weights.weights([read(k) for k in range(SLOTS)])  # noqa: E731
+
+            def read(k, least=None):
+                return primitives.load(maps.at[:, pl.ds(k * channels, channels)], is_part=True, least=least)
+
+            weights = lambda: self.weights.weights([read(k, self.weights.least) for k in range(SLOTS)])  # noqa: E731
             return compute(Line(weights, read(SLOTS), read(SLOTS + 1), read(SLOTS + 2) if self.has_skip else None))
 
         if not self.overlaps:

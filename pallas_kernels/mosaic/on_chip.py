@@ -59,7 +59,7 @@ def forward(
                     )
                     line = primitives.load(x_line, is_part=True)
                     neighbours = [lines.at[now, 0, state.rows(shift)] for shift in (-1, 1)]
-                    mixed = frame.unless_restarted(n, lambda: mix(maps, neighbours, same))
+                    mixed = frame.unless_first(n, lambda: mix(maps, neighbours, same))
                     h, kept = advance(mixed, maps, line, x.dtype)
                     lines[1 - now, 0, state.rows()] = h
                     part = scale * share(maps, kept, line)

@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic.instructions import widen
+
 THREADS = 128  # of a warpgroup
 ALIGNMENT = 128  # bytes; a TMA copy starts at a multiple of it in shared memory
 LARGEST_BOX = 256  # elements of a TMA copy along one axis
@@ -49,13 +51,17 @@ def _layout(rows: int, channels: int) -> Any:
     return make(tiled.tiling, tiled.warp_dims, tiled.lane_dims, tiled.vector_dim)
 
 
-def load(ref: Any, *, is_part: bool = False) -> jax.Array:
+def load(ref: Any, *, is_part: bool = False, least: float | None = None) -> jax.Array:
     """A (rows, channels) tile from shared memory, as float32.
 
-    `is_part` says that it is part of a larger array, so that rows have gaps between them and banks may conflict.
+    Args:
+        ref: the tile.
+        is_part: whether it is part of a larger array, so that rows have gaps between them and banks may conflict.
+        least: smaller values count as this one; in bfloat16 it takes half an instruction for each.
     """
     rows, channels = ref.shape
-    return plgpu.load(ref, layout=_layout(rows, channels), optimized=not is_part).astype(jnp.float32)
+    found = plgpu.load(ref, layout=_layout(rows, channels), optimized=not is_part)
+    return widen(found if least is None else jnp.maximum(found, least))
 
 
 def load_pixels(ref: Any, channels: int) -> jax.Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.mosaic import primitives
+from pallas_kernels.mosaic import instructions, primitives
 from pallas_kernels.mosaic.frame import Frame
 from pallas_kernels.stability import LOGIT_FLOOR
 
@@ -58,7 +58,12 @@ class Weights:
         """The weights that `fetch` has copied, three (rows, channels) tiles, and the values that `gradients` needs."""
         if self.is_shared:
             return self.weights([primitives.load_pixels(ref.at[k], self.channels) for k in range(SLOTS)])
-        return self.weights([primitives.load(ref.at[:, k]) for k in range(SLOTS)])
+        return self.weights([primitives.load(ref.at[:, k], least=self.least) for k in range(SLOTS)])
+
+    @property
+    def least(self) -> float | None:
+        """The least logit, if `weights` expects that the tiles are no smaller: the gradient needs smaller ones."""
+        return LOGIT_FLOOR if self.from_logits and not self.is_shared and not self.frame.reverse else None
 
     def weights(self, given: list[jax.Array]) -> tuple[list[jax.Array], Any]:
         """As `read`, from weights or logits in registers: (rows, channels) tiles, or (rows,) where they are shared."""
@@ -66,7 +71,8 @@ class Weights:
         pixel = self.frame.pixel + numbers(self.rows, self.channels)
         weights, kept = given, None
         if self.from_logits:
-            parts, factor = shares(given)
+            at_least = given if self.least else [jnp.maximum(logit, LOGIT_FLOOR) for logit in given]
+            parts, factor = shares(at_least)
             weights = normalise(parts, pixel, self.frame.length)
             kept = given, parts, factor, weights
         if self.is_shared:
@@ -83,6 +89,11 @@ class Weights:
         """Writes `gradients` into shared memory, from where `store` copies them."""
         for k, grad in enumerate(grads):
             ref[(k, slice(None)) if self.is_shared else (slice(None), k)] = grad.astype(self.dtype)
+
+    def clear(self, ref: Any) -> None:
+        """Writes zeros in place of gradients."""
+        nothing = primitives.zeros(self.rows, self.channels)
+        self.write(ref, [jnp.sum(nothing, axis=1) if self.is_shared else nothing] * SLOTS)
 
     def gradient_like(self, like: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """The gradient's shape in memory. For shared weights each channel block writes a part, to be summed by XLA."""
@@ -117,12 +128,12 @@ class Weights:
 
 
 def shares(logits: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-    """The sigmoids of three float32 logits, each times the same factor, and that factor.
+    """The sigmoids of three float32 logits of at least -27, each times the same factor, and that factor.
 
     With a, b, c = 1 + exp(-logit), the sigmoids are 1/a, 1/b, 1/c. Times a*b*c they are b*c, a*c, a*b, which takes no
     division. The factor is at most 1.5e35.
     """
-    a, b, c = (1.0 + jnp.exp(-jnp.maximum(logit, LOGIT_FLOOR)) for logit in logits)
+    a, b, c = (1.0 + jnp.exp(-logit) for logit in logits)
     ab, bc = a * b, b * c
     return [bc, a * c, ab], ab * c
 
@@ -137,7 +148,7 @@ def normalise(parts: list[jax.Array], pixel: jax.Array, length: int) -> list[jax
     """
     smaller = jnp.where(pixel > 0, parts[0], 0.0)
     larger = jnp.where(pixel < length - 1, parts[2], 0.0)
-    inverse = 1.0 / (smaller + parts[1] + larger)
+    inverse = instructions.reciprocal(smaller + parts[1] + larger)
     # Adding a half rounds to a grid on which sums are exact; see `stability.normalise`.
     smaller = (smaller * inverse + 0.5) - 0.5
     larger = jnp.minimum((larger * inverse + 0.5) - 0.5, 1.0 - smaller)
@@ -149,7 +160,7 @@ def pass_to_logits(
 ) -> list[jax.Array]:
     """Gradients of the logits from `grads`, those of the weights `given`; `parts` and `factor` are `shares(logits)`."""
     mean = given[0] * grads[0] + given[1] * grads[1] + given[2] * grads[2]
-    inverse = 1.0 / factor
+    inverse = instructions.reciprocal(factor)
     return [
         jnp.where(logit < LOGIT_FLOOR, 0.0, 1.0 - part * inverse) * (weight * (grad - mean))
         for logit, part, weight, grad in zip(logits, parts, given, grads, strict=True)
