@@ -154,7 +154,7 @@ class Problem:
 
     def fits(self, tile: Tile, card: Card) -> bool:
         """Whether the kernel is correct with this tile and has enough shared memory and registers."""
-        if not all(isinstance(value, int) for value in dataclasses.astuple(tile)):
+        if not all(isinstance(value, int) for value in vars(tile).values()):
             return False
         elements = tile.rows * tile.channels
         if elements % 128 or not 128 <= elements <= 2048 or tile.channels not in (8, 16, 32, 64):
