@@ -39,14 +39,14 @@ class Rates:
     # Seconds from the start of a copy to its arrival. Reported for Hopper under load.
     latency: float = 1e-6
     # Warp instructions of a line, and of each value of it that a thread holds; counted in machine code.
-    forward_line: float = 100
-    forward_value: float = 48
-    backward_line: float = 120
-    backward_value: float = 100
-    # The part of `forward_value` that a line needs where a chunk starts, whose weights nobody reads.
-    start_share: float = 0.3
-    # Warp instructions for each value of a matrix product that a thread holds.
-    product_value: float = 1.5
+    forward_line: float = 80
+    forward_value: float = 40
+    backward_line: float = 250
+    backward_value: float = 85
+    # The part of the latter that is left where a chunk starts, whose weights nobody needs; likewise counted.
+    start_share: float = 0.18
+    # Warp instructions for each value of a matrix product that a thread holds; likewise counted.
+    product_value: float = 1.4
     # Cycles that a warpgroup waits for copies, shared memory and barriers in a line, and for a matrix product.
     line_waits: float = 500
     product_waits: float = 300
@@ -65,9 +65,9 @@ def rates(card: Card) -> Rates:
     return dataclasses.replace(Rates(bandwidth=bandwidth), **measured.rates(card.name))
 
 
-def seconds(problem: Problem, tile: Tile, card: Card) -> float:
-    """An estimate of the time of all launches of the kernel with this tile."""
-    rate = rates(card)
+def seconds(problem: Problem, tile: Tile, card: Card, rate: Rates | None = None) -> float:
+    """An estimate of the time of all launches of the kernel with this tile; `rate` are the card's by default."""
+    rate = rate or rates(card)
     chunk, lines = problem.chunk, min(problem.chunk * tile.chunks, problem.lines)
     segments = -(-problem.length // tile.own) if tile.ghost else 1
     launches = -(-lines // tile.ghost) if tile.ghost else 1
@@ -81,7 +81,7 @@ def seconds(problem: Problem, tile: Tile, card: Card) -> float:
     elements = tile.extent * tile.channels / (128 * tile.warpgroups)  # of a thread
     is_forward = problem.kernel == "forward"
     fixed, each = (rate.forward_line, rate.forward_value) if is_forward else (rate.backward_line, rate.backward_value)
-    starting = 1 / chunk if is_forward and chunk < lines else 0.0  # the part of lines in which a chunk starts
+    starting = 1 / chunk if chunk < lines else 0.0  # the part of lines in which a chunk starts
     instructions = fixed + each * elements * (1 - starting * (1 - rate.start_share))
     if elements % 4:
         instructions *= 1.5  # vectors shorter than 16 bytes

@@ -24,7 +24,7 @@ from pallas_kernels.mosaic import primitives
 from pallas_kernels.mosaic.tiles import Tile
 
 # Launches in the body of a loop over launches: a loop of one would copy the state and count in kernels of their own.
-_UNROLLED = 8
+_UNROLLED = 4
 
 
 class Frame:
@@ -266,8 +266,8 @@ class Frame:
 
         Args:
             name: of the kernel.
-            body: as in `primitives.launch`. With ghost zones its refs also hold "launch", two int32 numbers whose sum
-                is the launch's, and "given" and "passed", the state from the launch before and for the next.
+            body: as in `primitives.launch`. With ghost zones its refs also hold "round" and "offset", which give
+                the launch's number, and "given" and "passed", the state from the launch before and for the next.
             inputs: arrays that it reads.
             results: arrays that it fills or creates.
             passed_lines: lines of state that a launch passes to the next.
@@ -288,10 +288,10 @@ class Frame:
         refs = {key: jax.new_ref(_started(like)) for key, like in results.items()}
         state = self.state(passed_lines)
 
-        def several(base, given, count):
+        def several(turn, given, count):
             for offset in range(count):
-                # Both parts are there already: their sum would be a kernel of its own.
-                numbers = dict(base=base, offset=jnp.int32(offset))
+                # Both numbers are there already: the launch's own would take a kernel to compute.
+                numbers = dict(round=turn, offset=jnp.int32(offset))
                 launched = primitives.launch(
                     body, {**inputs, **numbers, "given": given}, refs, {"passed": state}, scratch, **options
                 )
@@ -300,13 +300,13 @@ class Frame:
 
         given, (loops, rest) = jnp.zeros(state.shape, state.dtype), divmod(self.launches, _UNROLLED)
         if loops:
-            given = lax.fori_loop(0, loops, lambda n, given: several(n * _UNROLLED, given, _UNROLLED), given)
-        several(jnp.int32(loops * _UNROLLED), given, rest)
+            given = lax.fori_loop(0, loops, lambda n, given: several(n, given, _UNROLLED), given)
+        several(jnp.int32(loops), given, rest)
         return {key: ref[...] for key, ref in refs.items()}
 
     def number(self, refs: Mapping[str, Any]) -> Any:
         """The launch's number, from a kernel's refs."""
-        return refs["base"][...] + refs["offset"][...] if self.tile.ghost else 0
+        return refs["round"][...] * _UNROLLED + refs["offset"][...] if self.tile.ghost else 0
 
     def meet(self, joint: Any) -> None:
         """All warpgroups wait until the state line is complete: a neighbour may belong to another warpgroup."""

@@ -14,22 +14,25 @@ from pallas_kernels.mosaic.tiles import Problem, Tile, lines_of_product
 
 def candidates(problem: Problem, card: Card, most_warpgroups: int = 4) -> list[Tile]:
     """All tiles that fit `problem` on `card`."""
-    chunks = problem.chunks
-    tiles = (
-        Tile(channels, rows, warpgroups, stages, stores, ghost, overlap, several)
-        for channels, rows, warpgroups, stages, stores, ghost, overlap, several in itertools.product(
-            (8, 16, 32, 64),
-            (8, 16, 24, 32, 48, 64, 96, 128, 192),
-            (1, 2, 3, 4),
-            (1, 2, 3, 4, 6),
-            (1, 2),
-            (0, 16, 32, 64),
-            (True, False) if problem.rank and not problem.resident else (True,),
-            (chunks,) if problem.resident else sorted({1, min(4, chunks), -(-chunks // 2), chunks}),
+    several = [problem.chunks] if problem.resident else sorted({1, min(4, problem.chunks), problem.chunks})
+    overlaps = (True, False) if problem.rank and not problem.resident else (True,)
+    least_stages = 1 if problem.resident else 2
+    extents = (
+        Tile(channels, rows, warpgroups, least_stages, 1, ghost, overlaps[-1], several[0])
+        for channels, rows, warpgroups, ghost in itertools.product(
+            (8, 16, 32, 64), (8, 16, 24, 32, 48, 64, 96, 128, 192), range(1, most_warpgroups + 1), (0, 16, 32, 64)
         )
-        if warpgroups <= most_warpgroups and (stages > 1 or problem.resident)
     )
-    return [tile for tile in tiles if (tile.overlap or lines_of_product(tile) == 1) and problem.fits(tile, card)]
+    tiles = (
+        dataclasses.replace(extent, stages=stages, stores=stores, overlap=overlap, chunks=chunks)
+        for extent in extents
+        if problem.fits(extent, card)  # the least that it can take
+        for stages, stores, overlap, chunks in itertools.product(
+            (1, 2, 3, 4, 6), (1, 2), overlaps if lines_of_product(extent) == 1 else (True,), several
+        )
+        if stages >= least_stages
+    )
+    return [tile for tile in tiles if problem.fits(tile, card)]
 
 
 _forced: contextvars.ContextVar[Callable[[Problem, Card], Tile | None]] = contextvars.ContextVar(
@@ -59,7 +62,10 @@ def _planned(problem: Problem, card: Card, most_warpgroups: int) -> Tile | None:
         tile = Tile(**{field.name: known[field.name] for field in dataclasses.fields(Tile)})
         if tile.warpgroups <= most_warpgroups and problem.fits(tile, card):
             return tile
-    seconds = {tile: estimate.seconds(problem, tile, card) for tile in candidates(problem, card, most_warpgroups)}
+    rates = estimate.rates(card)
+    seconds = {
+        tile: estimate.seconds(problem, tile, card, rates) for tile in candidates(problem, card, most_warpgroups)
+    }
     if not seconds:
         return None
     best = min(seconds.values())

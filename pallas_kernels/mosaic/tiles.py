@@ -11,7 +11,7 @@ MULTIPROCESSOR_THREADS = 2048
 MULTIPROCESSOR_REGISTERS = 65536
 _PRODUCT_ROWS = 64  # pixels of one tensor-core instruction
 # A thread's registers for each line, and for each pixel and channel that it holds; counted in compiled kernels.
-_REGISTERS = {"forward": (25, 6), "backward": (35, 12)}
+_REGISTERS = {"forward": (25, 5), "backward": (75, 10.5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +195,11 @@ class Problem:
     def registers(self, tile: Tile) -> int:
         """An estimate of a thread's registers."""
         line, element = _REGISTERS[self.kernel]
-        element += 4 * (self.kernel == "backward" and len(self.stores) > 3)  # in a propagation
         elements = max(1, tile.rows * tile.channels // 128)
         sums = self.sums(tile) // 128
         if overlaps(tile, bool(self.resident)):
-            return line + element * elements + 5 * sums // 4
-        return max(line + element * elements, line + elements + sums)
+            return int(line + element * elements + 5 * sums / 4)
+        return int(max(line + element * elements, line + elements + sums))
 
 
 def lines_of_product(tile: Tile) -> int:

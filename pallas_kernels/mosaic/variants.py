@@ -66,7 +66,7 @@ def seconds(propagation: Propagation, variant: str, mode: str, interpret: bool =
         return None
     card, rate = planned_for(), estimate.rates(planned_for())
     batch, height, width, channels = propagation.shape
-    kernels = sum(estimate.seconds(problem, tile, card) for _, problem, tile in layout.launches)
+    kernels = sum(estimate.seconds(problem, tile, card, rate) for _, problem, tile in layout.launches)
     size, shared = jnp.dtype(propagation.dtype).itemsize, propagation.weight_channels / channels
     # Values per pixel and channel that XLA's passes read and write; 24 are the maps of all directions.
     maps = 12 * (1 + shared)
