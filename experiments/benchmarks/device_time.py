@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Timing:
     median_ms: float | None
     spread_ms: float | None  # between the quartiles
     host_ms: float  # mean over queued runs
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)  # mean of each kernel or copy, by its name
 
 
 def prepare_environment() -> None:
@@ -52,10 +53,10 @@ def choose_clock() -> tuple[str, str]:
     reasons = []
     for clock, read in (("profiler", _profiled_runs), ("cupti", _cupti_runs)):
         try:
-            runs = read(lambda _: program(x), 3)
-            if len(runs) == 3 and min(runs) > 0:
+            times, _ = read(lambda _: program(x), 3)
+            if len(times) == 3 and min(times) > 0:
                 return clock, "; ".join(reasons)
-            reasons.append(f"{clock}: times of {runs} ns")
+            reasons.append(f"{clock}: times of {times} ns")
         except Exception as error:  # whatever a driver or a profiler library raises, try the next clock
             reasons.append(f"{clock}: {type(error).__name__}: {error}")
     return "host", "; ".join(reasons)
@@ -82,11 +83,11 @@ def measure(run: Callable[[int], Any], *, clock: str, most_runs: int = 50, secon
     if clock == "host":
         return Timing(clock, runs, None, None, host_ms)
     try:
-        times = (_profiled_runs if clock == "profiler" else _cupti_runs)(run, runs)
+        times, parts = (_profiled_runs if clock == "profiler" else _cupti_runs)(run, runs)
     except ValueError as error:
         return Timing(f"host ({error})", runs, None, None, host_ms)
     low, _, high = statistics.quantiles(times, n=4)
-    return Timing(clock, runs, statistics.median(times) / 1e6, (high - low) / 1e6, host_ms)
+    return Timing(clock, runs, statistics.median(times) / 1e6, (high - low) / 1e6, host_ms, parts)
 
 
 def _queued_seconds(run: Callable[[int], Any], runs: int) -> float:
@@ -97,8 +98,8 @@ def _queued_seconds(run: Callable[[int], Any], runs: int) -> float:
     return time.perf_counter() - start
 
 
-def _profiled_runs(run: Callable[[int], Any], runs: int) -> list[float]:
-    """Returns the nanoseconds of each run, from a trace."""
+def _profiled_runs(run: Callable[[int], Any], runs: int) -> tuple[list[float], dict[str, float]]:
+    """Returns the nanoseconds of each run, from a trace, and `parts` of a run."""
     options: Any = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
     options.enable_hlo_proto = False
@@ -107,7 +108,15 @@ def _profiled_runs(run: Callable[[int], Any], runs: int) -> list[float]:
             _queued_seconds(run, runs)
         (path,) = Path(folder).rglob("*.xplane.pb")
         events = device_events(jax.profiler.ProfileData.from_file(str(path)))
-    return run_times(events, runs)
+    return run_times(events, runs), parts_of_run([(name, ns) for name, _, ns in events], runs)
+
+
+def parts_of_run(durations: Sequence[tuple[str, float]], runs: int) -> dict[str, float]:
+    """Returns the milliseconds of a run by name, from the nanoseconds of all runs' kernels and copies."""
+    total = dict.fromkeys([name for name, _ in durations], 0.0)
+    for name, nanoseconds in durations:
+        total[name] += nanoseconds
+    return {name: nanoseconds / 1e6 / runs for name, nanoseconds in total.items()}
 
 
 def device_events(trace: Any) -> list[Event]:
@@ -141,8 +150,8 @@ def run_times(events: Sequence[Event], runs: int) -> list[float]:
     return [group[-1][1] - group[0][1] + group[-1][2] for group in groups]
 
 
-def _cupti_runs(run: Callable[[int], Any], runs: int) -> list[float]:
-    """Returns the nanoseconds of the kernels of each run.
+def _cupti_runs(run: Callable[[int], Any], runs: int) -> tuple[list[float], dict[str, float]]:
+    """Returns the nanoseconds of the kernels of each run, and `parts` of a run.
 
     Calls the private functions under JAX's `Cupti.measure`, which repeats one set of inputs and so may time the cache.
     """
@@ -162,4 +171,5 @@ def _cupti_runs(run: Callable[[int], Any], runs: int) -> list[float]:
     each, left = divmod(len(timings), runs)
     if left or not each:
         raise ValueError(f"{len(timings)} kernels do not divide into {runs} equal runs")
-    return [sum(ms for _, ms in timings[index * each : (index + 1) * each]) * 1e6 for index in range(runs)]
+    times = [sum(ms for _, ms in timings[index * each : (index + 1) * each]) * 1e6 for index in range(runs)]
+    return times, parts_of_run([(name, 1e6 * ms) for name, ms in timings], runs)

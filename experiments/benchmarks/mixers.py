@@ -8,7 +8,7 @@ A GSPN mixer is first compared with the one that `lax.scan` propagates, result a
 timed. Without a GPU, or with --dry, the same program runs on tiny maps with interpreted kernels to show that it works,
 and writes no device time.
 
-In the CSV, `gspn` takes the variant that the mixer chooses by itself, `fused` and the others force one, and `xla` is
+In the CSV, `gspn` takes the variant that the mixer chooses by itself, `scans` and the others force one, and `xla` is
 GSPN without kernels. The Mambas have the sizes that they take by default and scan in both directions; the note of a row
 says in which form (`gspn_jax.mixers.state_space`). GB/s count the bytes that a mixer must move
 (`MixerCase.bytes_moved`), share is the share of the fastest copy on the card. compiled_mib: arguments, results and
@@ -31,6 +31,7 @@ from experiments.benchmarks import attention, device_time, gate, options
 from experiments.benchmarks.gate import Verdict
 from experiments.benchmarks.measurement import FIGURES, Case, normal, with_gradients
 from experiments.benchmarks.options import Options
+from experiments.benchmarks.search import propagation_of
 from experiments.benchmarks.shapes import CROSSOVER, LAYERS, KernelShape, select_layers
 from gspn_jax.mixers import MIXERS, GSPNMixer, state_space
 from pallas_kernels import UpProjection
@@ -108,11 +109,9 @@ class MixerCase(Case):
         if not self.is_gspn:
             return attention.reason_against(self.candidate, shape, DTYPE, self.pass_)
         reason = pallas_kernels.implementations()[self.implementation]
-        if reason is None and self.variant is not None and self.variant.endswith(variants.ON_CHIP):
-            size = (shape.batch, shape.height, shape.width, shape.channels)
-            work = variants.Work(size, DTYPE, shape.weight_channels, shape.chunk, shape.rank)
+        if reason is None and self.variant is not None:
             try:
-                _ = variants.forms(work, self.variant, self.interpreted)
+                _ = variants.choose(propagation_of(shape, DTYPE), self.variant, self.interpreted)
             except ValueError as error:
                 return str(error)
         return reason

@@ -1,133 +1,102 @@
-"""Times the most promising tiles of the line scan on this card, and keeps the fastest.
+"""Times the variants of propagations and the tiles of all kernels on this card, and keeps the fastest.
 
-    python -m experiments.benchmarks.tune --shapes=gspn_t,sdxl --directions=down,right
+    python -m experiments.benchmarks.tune --shapes=gspn_t,sdxl
 
-Needs a card that the kernels run on. A tile whose results differ from those of the planned tile by more than rounding
-is refused. A tile that is at least 3% faster than the estimate's choice goes into
-pallas_kernels/mosaic/measured_tiles.json, under the card's name. --dry interprets two tiles on shrunken maps and needs
---output: it shows that the program works and measures nothing.
+Needs a card that the kernels run on. Layers, which have a proxy, propagate: their variants are timed, then the tiles of
+the kernels that a train step runs. Other maps are scanned in --directions. Each result is compared with `lax.scan`, and
+a wrong one is refused. Each time is written at once into the card's file in pallas_kernels/mosaic/measured, from which
+plans and choices are made. --dry interprets tiny maps and needs --folder: it shows that the program works.
 """
 
-import functools
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
-from experiments import command_line
+from experiments import command_line, provenance
 from experiments.benchmarks import device_time
-from experiments.benchmarks.gate import rms_ratio
 from experiments.benchmarks.options import chosen
-from experiments.benchmarks.scans import CANDIDATES, DIRECTIONS, DTYPES, ScanCase, shrink
+from experiments.benchmarks.passes import MODES, Pass
+from experiments.benchmarks.scans import DIRECTIONS, DTYPES
+from experiments.benchmarks.search import Search, time_tiles, time_variants
 from experiments.benchmarks.shapes import GROUPS, KernelShape, select
-from pallas_kernels.mosaic import card, tiles
-from pallas_kernels.mosaic.forms import Form
-from pallas_kernels.mosaic.operations import Kernels
-from pallas_kernels.tolerances import TOLERANCES
+from pallas_kernels.choices import VARIANTS
+from pallas_kernels.mosaic import card, measured
 
-LEAST_GAIN = 0.03
-INPUT_SETS = 3  # in rotation, so that the cache is not measured
-PASSES = ("forward", "backward")
+WHAT = ("variants", "tiles")
+TINY = dict(batch=1, height=2, width=2, channels=8, weight_channels=8)
 
 
-def tune(
-    shape: KernelShape,
-    direction: str,
-    pass_: str,
-    dtype: str,
-    *,
-    num_tiles: int,
-    clock: str,
-    repeats: int = 30,
-    seed: int = 0,
-    dry: bool = False,
-) -> tuple[str, tiles.Tile] | None:
-    """Times the planned tile and the `num_tiles` best ones by the estimate.
-
-    Returns:
-        The key of the work and its fastest tile; None where the planned tile stays.
-    """
-    kernels = Kernels(interpret=dry)
-    scan: Any = kernels.scan_forward if pass_ == "forward" else kernels.scan_backward
-    case = ScanCase(CANDIDATES["mosaic"], shape, direction, shape.chunk, dtype, pass_)
-    sets = []
-    for key in jax.random.split(jax.random.key(seed), INPUT_SETS):
-        x, logits, lam, grad_h = case.inputs(key)
-        sets.append((x, logits, lam) if pass_ == "forward" else (x, logits, lam, x, grad_h))  # h: any map will do
-    x, logits, lam = sets[0][:3]
-    loads, stores = ((x, lam), (x,)) if pass_ == "forward" else ((x, lam, x, x), (x, lam))
-    form = Form(pass_, x, logits, loads, stores, direction, shape.chunk, None, dry)
-    present = card.planned_for()
-    ranked = sorted(tiles.candidates(form.work, present), key=lambda tile: form.work.seconds(tile, present))
-    milliseconds: dict[tiles.Tile, float] = {}
-    wanted = None
-    for tile in dict.fromkeys([form.tile, *ranked[:num_tiles]]):
-        program = functools.partial(scan, direction=direction, chunk=shape.chunk, from_logits=True, tile=tile)
-        compiled = jax.jit(program).lower(*sets[0]).compile()
-        found = jax.tree.leaves(compiled(*sets[0]))
-        wanted = wanted or found
-        error = max(float(rms_ratio(one, want)) for one, want in zip(found, wanted, strict=True))
-        if not error <= TOLERANCES[dtype]:
-            print(f"  {tile}: REFUSED, RMS ratio {error:.3g} to the planned tile's results")
-            continue
-        timing = device_time.measure(
-            lambda index, compiled=compiled: compiled(*sets[index % INPUT_SETS]),
-            clock=clock, most_runs=repeats, seconds=0.02 if dry else 0.2,
-        )  # fmt: skip
-        milliseconds[tile] = timing.host_ms if dry or timing.median_ms is None else timing.median_ms
-        print(f"  {tile}: {milliseconds[tile]:.4f} ms", flush=True)
-    best = min(milliseconds, key=lambda tile: milliseconds[tile])
-    if milliseconds[best] > (1 - LEAST_GAIN) * milliseconds.get(form.tile, float("inf")):
-        return None
-    return form.work.key, best
+def tune(shape: KernelShape, search: Search, options: Any) -> list[dict[str, Any]]:
+    """Times a map, and returns the rows; `options` has the command's flags."""
+    rows = []
+    if shape.rank and "variants" in options.what:
+        rows += time_variants(shape, search, modes=options.modes)
+    if "tiles" not in options.what:
+        return rows
+    passes = [Pass(shape, mode, implementation=search.implementation, dtype=options.dtype) for mode in options.modes]
+    if shape.rank:
+        # On chip a map has one tile at most, or few.
+        named = [name for name in VARIANTS if not name.endswith("on_chip")]
+        passes = [dataclasses.replace(one, variant=name) for one in passes for name in named]
+    else:
+        scanned = [one for one in passes if one.mode != "training"]  # the same kernel as in inference
+        passes = [dataclasses.replace(one, direction=name) for one in scanned for name in options.directions]
+    for one in passes:
+        rows += time_tiles(one, search, options.num_tiles)
+    return rows
 
 
-def keep(path: Path, name: str, found: dict[str, tiles.Tile]) -> None:
-    """Adds tiles to the table at `path`, under the card's name."""
-    table = json.loads(path.read_text()) if path.exists() else {}
-    rows = table.setdefault(name, {})
-    rows.update({key: vars(tile) for key, tile in found.items()})
-    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+def show(row: dict[str, Any]) -> None:
+    """Prints a row."""
+    words = [row[key] for key in ("shape", "variant", "direction", "mode") if key in row]
+    tile = ", ".join(f"{key} {value}" for key, value in row.get("tile", {}).items())
+    time = f"{row['milliseconds']:.4f} ms" if row["status"] == "timed" else row.get("note", "")
+    print(*words, f"{row['status']}: {time}", tile, flush=True)
 
 
 def define_flags() -> None:
     flags.DEFINE_list("shapes", list(GROUPS), "Groups or names in experiments/benchmarks/shapes.py.")
-    flags.DEFINE_list("directions", list(DIRECTIONS), "Directions of the scans.")
-    flags.DEFINE_list("passes", list(PASSES), "Some of forward and backward.")
-    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Dtype of the maps.")
+    flags.DEFINE_list("what", list(WHAT), "Some of variants and tiles.")
+    flags.DEFINE_list("modes", list(MODES), "Some of inference, training and backward.")
+    flags.DEFINE_list("directions", list(DIRECTIONS), "Directions of line scans.")
+    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Dtype of the maps whose tiles are timed.")
     flags.DEFINE_integer("num_tiles", 12, "How many tiles to try, the best by the estimate.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 30, "Timed runs of a tile, at most.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 30, "Timed runs, at most.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the inputs.")
-    flags.DEFINE_string("output", None, "Another table than pallas_kernels/mosaic/measured_tiles.json.")
-    flags.DEFINE_bool("dry", False, "Two tiles, interpreted on shrunken maps; needs --output.")
+    flags.DEFINE_string("folder", None, "Another folder than pallas_kernels/mosaic/measured.")
+    flags.DEFINE_bool("dry", False, "Two tiles, interpreted on tiny maps; needs --folder.")
 
 
 def main() -> None:
-    given = flags.FLAGS
+    options = flags.FLAGS
     device_time.prepare_environment()
-    shapes, present = select(given.shapes), card.present()
-    if given.dry and not given.output:
-        raise ValueError("output: expected a file where --dry is given, so that no invented time enters the table")
-    if isinstance(present, str) and not given.dry:
+    shapes, present = select(options.shapes), card.present()
+    for flag, known in (("what", WHAT), ("modes", MODES), ("directions", DIRECTIONS)):
+        chosen(flag, known)
+    if options.dry and not options.folder:
+        raise ValueError("folder: expected one where --dry is given, so that no invented time is kept; got none")
+    if isinstance(present, str) and not options.dry:
         raise ValueError(f"nothing to time: {present}")
-    clock, why = ("host", "dry") if given.dry else device_time.choose_clock()
+    if options.dry:
+        shapes = tuple(dataclasses.replace(shape, **TINY, rank=min(shape.rank, 8)) for shape in shapes)
+    clock, why = ("host", "dry") if options.dry else device_time.choose_clock()
     print(f"clock: {clock} {why}")
-    options: Any = dict(clock=clock, repeats=given.repeats, seed=given.seed, dry=given.dry)
-    options["num_tiles"] = min(given.num_tiles, 2) if given.dry else given.num_tiles
-    found = {}
-    directions, passes = chosen("directions", DIRECTIONS), chosen("passes", PASSES)
-    for shape in shapes:
-        for direction in directions:
-            for pass_ in passes:
-                print(f"{shape.name} {direction} {pass_} {given.dtype}")
-                result = tune(shrink(shape) if given.dry else shape, direction, pass_, given.dtype, **options)
-                if result is not None:
-                    found[result[0]] = result[1]
-    path = Path(given.output or tiles.MEASURED)
-    keep(path, "dry" if given.dry else card.planned_for().name, found)
-    print(f"{len(found)} tiles kept in {path.name}")
+    stamp = provenance.stamp()
+    search = Search(
+        report=show,
+        folder=Path(options.folder or measured.FOLDER),
+        about={key: stamp[key] for key in ("command", "commit", "date")},
+        clock=clock,
+        repeats=options.repeats,
+        seed=options.seed,
+        dry=options.dry,
+    )
+    rows = [row for shape in shapes for row in tune(shape, search, options)]
+    wrong = [row for row in rows if row["status"] in ("WRONG", "failed")]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(rows)} wrong or failed, the first: {wrong[0]}")
 
 
 if __name__ == "__main__":

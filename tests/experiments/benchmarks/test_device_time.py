@@ -26,6 +26,8 @@ def test_times_of_runs_in_a_trace():
     events = device_time.device_events(trace(("a", 1, 2), ("b", 4, 3), ("a", 10, 2), ("b", 12.5, 3.5)))
     assert device_time.run_times(events, 2) == pytest.approx([6000, 6000])
     assert device_time.run_times(device_time.device_events(trace(("a", 1, 2), ("a", 10, 3))), 2) == [2000, 3000]
+    durations = [(name, nanoseconds) for name, _, nanoseconds in events]
+    assert device_time.parts_of_run(durations, 2) == pytest.approx({"a": 2e-3, "b": 3.25e-3})
     with pytest.raises(ValueError, match="4 device events do not divide into 3 equal runs"):
         device_time.run_times(events, 3)
     with pytest.raises(ValueError, match="do not divide"):

@@ -107,8 +107,8 @@ def test_what_cannot_run_says_why(monkeypatch):
     def reason(candidate, shape, pass_="both"):
         return MixerCase(candidate, shape, pass_).reason_against() or ""
 
-    assert reason("fused", large) == reason("gspn", large) == reason("fused_on_chip", TINY) == ""
-    assert "variant: expected one that fits" in reason("fused_on_chip", large)
+    assert reason("scans", large) == reason("gspn", large) == reason("low_rank_on_chip", TINY) == ""
+    assert "variant: expected one that fits" in reason("low_rank_on_chip", large)
     assert "its scores take" in reason("softmax_attention", large, "forward")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert reason("flash_attention", large, "forward") == ""
