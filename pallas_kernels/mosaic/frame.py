@@ -1,4 +1,4 @@
-"""What all kernels share: the lines that a CTA walks, the ring of copies around its arithmetic, and the state.
+"""What all kernels share: the lines that a CTA walks, the ring of copies around its arithmetic, and the launches.
 
 A launch walks all directions of a square map, or those of one axis. A CTA owns (image, group of chunks, direction,
 segment of the line, channel block). Its warpgroups are side by side along the line. Each has its own ring of TMA loads;
@@ -312,58 +312,6 @@ class Frame:
         """All warpgroups wait until the state line is complete: a neighbour may belong to another warpgroup."""
         if self.tile.warpgroups > 1:
             primitives.meet(joint)
-
-
-class StateLines:
-    """The state in shared memory: two buffers of `lines` float32 lines, each between halos of zeros.
-
-    The scratch is (2, lines, pixels and halos, channels). So a neighbour is a load at an offset of one pixel.
-    """
-
-    def __init__(self, frame: Frame, lines: int):
-        tile = frame.tile
-        self.frame, self.lines = frame, lines
-        # TMA writes the state of an earlier launch after the first halo, which therefore has an aligned size.
-        self.halo = max(1, primitives.ALIGNMENT // (4 * tile.channels))
-        size = primitives.full_stores(tile.extent + 2 * self.halo, tile.channels)
-        self.scratch = primitives.shared_memory((2, lines, size, tile.channels), jnp.float32)
-
-    def rows(self, shift: int = 0) -> Any:
-        """This warpgroup's pixels, shifted along the line by `shift`."""
-        return pl.ds(self.frame.place + self.halo + shift, self.frame.tile.rows)
-
-    def clear(self, ref: Any, joint: Any) -> None:
-        """Fills everything with zeros, before the first line."""
-
-        def fill():
-            for buffer in range(2):
-                for k in range(self.lines):
-                    primitives.clear(ref.at[buffer, k])
-
-        if self.frame.tile.warpgroups == 1:
-            fill()
-        else:
-            pl.when(self.frame.warpgroup == 0)(fill)
-        primitives.commit()
-        self.frame.meet(joint)
-
-    def receive(self, ref: Any, source: Any, targets: Sequence[tuple[int, int]], barrier: Any) -> None:
-        """Copies the state from the launch before into the buffers: its line k to (buffer, line) = `targets[k]`."""
-        frame = self.frame
-        for k, (buffer, line) in enumerate(targets):
-            place = source.at[frame.walk_index, k, frame.rows(), frame.block]
-            primitives.fetch(place, ref.at[buffer, line, self.rows()], barrier)
-        primitives.wait(barrier)
-
-    def send(self, ref: Any, sources: Sequence[tuple[Any, int]], target: Any) -> None:
-        """Copies the CTA's own pixels of each (buffer, line) in `sources` to the state for the next launch."""
-        frame, own = self.frame, self.frame.tile.own
-        primitives.commit()
-        for k, (buffer, line) in enumerate(sources):
-            pixels = pl.ds(self.halo + frame.offset, own)
-            place = target.at[frame.walk_index, k, pl.ds(frame.segment * own, own), frame.block]
-            primitives.store(ref.at[buffer, line, pixels], place)
-        primitives.end_group()
 
 
 def launches_of(directions: Sequence[str], height: int, width: int) -> list[tuple[int, ...]]:

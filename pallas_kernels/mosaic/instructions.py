@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax._src.interpreters import mlir
-from jax._src.lib.mlir import ir
+from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith
 from jax._src.lib.mlir.dialects import vector as vectors
 from jax._src.pallas.mosaic_gpu import lowering
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.core import LoweringSemantics
 from jax.extend.core import Primitive
 
-_LANE = lowering.mgpu.LoweringSemantics.Lane
+_LANE = LoweringSemantics.Lane
 
 
 def reciprocal(x: jax.Array) -> jax.Array:
@@ -51,13 +53,13 @@ def _widen_on_gpu(_: Any, x: Any) -> Any:
         (count,) = values.type.shape
         word = ir.IntegerType.get_signless(32)
         shift, mask = (arith.constant(word, ir.IntegerAttr.get(word, value)) for value in (16, -(2**16)))
-        pairs = lowering.mgpu.utils.bitcast(values, ir.VectorType.get((count // 2,), word))
+        pairs = utils.bitcast(values, ir.VectorType.get((count // 2,), word))
         halves = []
         for k in range(count // 2):
             pair = vectors.extract(pairs, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([k]))
             halves += [arith.shli(pair, shift), arith.andi(pair, mask)]
         bits = vectors.from_elements(ir.VectorType.get((count,), word), halves)
-        return lowering.mgpu.utils.bitcast(bits, _like(bits.type, ir.F32Type.get()))
+        return utils.bitcast(bits, _like(bits.type, ir.F32Type.get()))
 
     return x._pointwise(widened)
 

@@ -19,8 +19,8 @@ import jax
 from jax import lax
 
 from pallas_kernels.mosaic import instructions, primitives
-from pallas_kernels.mosaic.frame import StateLines
 from pallas_kernels.mosaic.maps import Line, Loaded, Made
+from pallas_kernels.mosaic.state import StateLines
 
 Results = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 

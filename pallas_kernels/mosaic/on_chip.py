@@ -14,9 +14,9 @@ import jax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic import primitives
-from pallas_kernels.mosaic.frame import StateLines
 from pallas_kernels.mosaic.kernels import Results, advance, mix, share
 from pallas_kernels.mosaic.maps import Made
+from pallas_kernels.mosaic.state import StateLines
 
 
 def forward(

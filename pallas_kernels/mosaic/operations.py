@@ -168,13 +168,15 @@ class Kernels:
         of_x, *of_maps = _folded(propagate, first=2)(up, merge, x, proxy, h, grad_y)
         # The kernel's gradients are those of merge times gate and skip.
         of_proxy, of_up = gradients_of_maps(proxy, _scaled(up, merge), tuple(of_maps))
-        pairs = [(up.gate, of_up.gate), *([] if up.skip is None else [(up.skip, of_up.skip)])]
-        of_merge = sum(jnp.einsum("sdc,sdc->d", array.astype(grad.dtype), grad) for array, grad in pairs)
+        products = jax.tree.map(
+            lambda array, grad: jnp.sum(array.astype(grad.dtype) * grad, axis=(0, 2)), up[2:], of_up[2:]
+        )
+        of_merge = sum(jax.tree.leaves(products), jnp.zeros_like(merge))
         return of_x, of_proxy, _scaled(of_up, merge), of_merge
 
     def _scan_layout(self, kernel: str, x, weights, lam, directions, chunk, tile: Tile | None) -> Layout:
-        kind, options = layouts.scan_kind(kernel, x, weights, lam), dict(tile=tile, interpret=self.interpret)
-        layout = lay_out(kind, x.shape, weights.shape[-1], directions, chunk, **options)
+        kind, sizes = layouts.scan_kind(kernel, x, weights, lam), (x.shape, weights.shape[-1], directions, chunk)
+        layout = lay_out(kind, *sizes, tile=tile, interpret=self.interpret)
         if layout is None and tile is not None:
             raise ValueError(f"tile: expected one that fits the {kernel} scan of x {x.shape}, got {tile!r}")
         if layout is None:

@@ -83,7 +83,10 @@ class Weights:
         """Gradients of the weights or logits as given, from those of the weights of each channel."""
         if self.is_shared:
             grads = [jnp.sum(grad, axis=1) for grad in grads]  # (rows, channels) to (rows,)
-        return pass_to_logits(*kept, grads) if self.from_logits else grads
+        if not self.from_logits:
+            return grads
+        logits, parts, factor, weights = kept
+        return pass_to_logits(logits, parts, factor, weights, grads)
 
     def write(self, ref: Any, grads: list[jax.Array]) -> None:
         """Writes `gradients` into shared memory, from where `store` copies them."""
