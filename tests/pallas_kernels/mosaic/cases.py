@@ -41,6 +41,7 @@ AXES = {
     "map": MAPS,
     "tile": tuple(TILES),
     "depth": (None, (1, 2), (2, 1), (3, 2), (4, 1)),  # stages and stores
+    "chunks": (1, 2, 3),  # that a CTA walks one after the other
 }
 
 
@@ -56,6 +57,7 @@ class ScanCase(NamedTuple):
     map: tuple[int, int]
     tile: str
     depth: tuple[int, int] | None
+    chunks: int = 1
 
     def __str__(self) -> str:
         """An id for pytest: words in the order of the axes."""
@@ -112,7 +114,7 @@ class ScanCase(NamedTuple):
             return Tile(8, 128 if self.shares else 48, 1, *self.depth, self.ghost)
         extent: Any = TILES[self.tile]
         channels, rows, warpgroups = extent
-        return Tile(channels, rows, warpgroups, *self.depth)
+        return Tile(channels, rows, warpgroups, *self.depth, chunks=self.chunks)
 
     @property
     def is_allowed(self) -> bool:
@@ -120,7 +122,11 @@ class ScanCase(NamedTuple):
         if (self.tile == "cut") != (self.size == "long") or (self.tile == "planned") != (self.depth is None):
             return False
         channels, walks_rows = self.map[1], walked_axis(self.direction) == 1
+        chunk = self.chunk_lines or self.lines
         return all((
+            # A CTA with ghost zones walks one chunk; where the tile is planned, the plan says how many.
+            self.chunks == 1
+            or (self.tile not in ("planned", "cut") and chunk < self.lines and self.chunks <= -(-self.lines // chunk)),
             self.sharing == "none" or channels > 1,
             self.sharing != "eight" or channels == 16,
             self.source == "logits" or self.dtypes != "wide x",  # weights are float32 like x

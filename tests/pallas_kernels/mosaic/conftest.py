@@ -1,25 +1,34 @@
 """A fixture that chooses the kernels' tile."""
 
+import contextlib
+import dataclasses
+
 import pytest
 
-from pallas_kernels.mosaic import forms
-from pallas_kernels.mosaic.tiles import Tile, plan
+from pallas_kernels.mosaic import plans
+from pallas_kernels.mosaic.tiles import Tile
 
 
 @pytest.fixture
-def planned(monkeypatch):
+def planned():
     """Makes every kernel take a given tile if it fits; by the end of the test at least one must have taken it."""
-    wanted, taken = [], []
+    taken = []
 
     def use(tile: Tile | None) -> None:
-        def take(work, card, *rest):
-            if tile is not None and work.fits(tile, card):
-                taken.append(work.kernel)
-                return tile
-            return plan(work, card, *rest)
+        def choose(problem, card):
+            if tile is None:
+                return None
+            # A CTA that walks all directions walks all chunks.
+            one = dataclasses.replace(tile, chunks=problem.chunks) if problem.resident else tile
+            if not problem.fits(one, card):
+                return None
+            taken.append(one)
+            return one
 
+        stack.enter_context(plans.forced(choose))
         wanted.append(tile)
-        monkeypatch.setattr(forms, "plan", take)
 
-    yield use
+    wanted: list[Tile | None] = []
+    with contextlib.ExitStack() as stack:
+        yield use
     assert taken or wanted in ([], [None])

@@ -15,16 +15,20 @@ from pallas_kernels.mosaic.tiles import Tile
 from tests.pallas_kernels.mosaic.cases import covering_set
 from tests.tolerances import TOLERANCES, assert_close
 
-# For the two directions that walk along it, "one line" is many lines of one pixel.
-SIZES = {"square": (5, 5), "tall": (6, 4), "wide": (3, 10), "one line": (1, 6), "long": (9, 50)}
+# One launch walks a square map, two walk others. For two directions "one line" is many lines of one pixel.
+SIZES = {
+    "square": (5, 5), "tall": (6, 4), "wide": (3, 10), "one line": (1, 6), "long": (9, 50), "long square": (49, 49),
+}  # fmt: skip
 TILES: dict[str, Any] = {
     "planned": None, "broad": Tile(16, 24, 1, 2, 1), "two": Tile(8, 16, 2, 3, 2), "cut": Tile(8, 48, 1, 2, 1, ghost=8),
-    "single": Tile(16, 24, 1, 1, 1),
+    "single": Tile(16, 24, 1, 1, 1), "chunks": Tile(8, 16, 1, 2, 1, chunks=2),
 }  # fmt: skip
+# Maps that are given, and the variants of a low-rank propagation.
+GIVEN = "given"
 # Tiles whose matrix products and lines take turns; by default they overlap.
 IN_TURN = {f"{name} in turn": dataclasses.replace(TILES[name], overlap=False) for name in ("two", "cut")}
 AXES = {
-    "variant": VARIANTS,
+    "variant": (GIVEN, *VARIANTS),
     "size": tuple(SIZES),
     "map": ((1, 8), (2, 9), (1, 24)),  # batch and channels
     "chunk": (None, 2),
@@ -56,7 +60,20 @@ class PropagationCase(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         # The interpreter is slow on long lines: one image of them.
-        return 1 if self.size == "long" else self.map[0], *SIZES[self.size], self.map[1]
+        return 1 if self.is_long else self.map[0], *SIZES[self.size], self.map[1]
+
+    @property
+    def is_low_rank(self) -> bool:
+        return self.variant != GIVEN
+
+    @property
+    def is_on_chip(self) -> bool:
+        return self.variant.endswith("on_chip")
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a line is cut into segments."""
+        return self.size.startswith("long")
 
     @property
     def weight_channels(self) -> int:
@@ -74,38 +91,39 @@ class PropagationCase(NamedTuple):
     def is_allowed(self) -> bool:
         """Whether the values go together, and the interpreter needs only seconds."""
         height, width = SIZES[self.size]
-        made, on_chip = self.variant.startswith("low_rank"), self.variant.endswith("on_chip")
+        made = self.is_low_rank
         return all((
             not (made and self.dtypes == "float32"),
             made or self.rank == 3,  # given maps have no proxy
-            not on_chip or (1 < min(height, width) and self.size != "long"),
+            not self.is_on_chip or (1 < min(height, width) and not self.is_long),
             self.sharing != "three" or self.map[1] % 3 == 0,
-            (self.tile == "cut") == (self.size == "long"),
+            (self.tile == "cut") == self.is_long,
             # Extreme and expensive sizes only with few values of the other axes.
             self.size in ("square", "tall", "wide")
             or (self.rank == 3 and self.sharing == "none" and self.dtypes == ("wide x" if made else "float32")),
             self.size != "one line" or (self.tile == "planned" and self.map == (1, 24)),
             self.size != "long" or self.map == (2, 9),
-            self.tile != "single" or self.variant == "low_rank_on_chip",
+            self.size != "long square" or (self.map == (1, 8) and self.chunk is None and self.skip),
+            self.tile != "single" or self.is_on_chip,
+            self.tile != "chunks" or (self.chunk == 2 and self.map == (1, 8)),
             # Likewise expensive tiles, and float16, whose kernels differ from bfloat16's only in the dtype.
             self.tile not in ("two", "single")
             or (self.size == "square" and self.map == (1, 8) and self.dtypes in ("float32", "wide x")),
             self.dtypes != "float16" or (self.tile == "planned" and self.size == "square"),
-            not on_chip or self.tile not in ("two", "cut"),
+            not self.is_on_chip or self.tile not in ("two", "cut", "chunks"),
         ))  # fmt: skip
 
     @property
     def cost(self) -> int:
         """About what the interpreter's time grows with."""
         height, width = SIZES[self.size]
-        several = {"long": 5}.get(self.size, 1) * {"two": 3, "single": 2}.get(self.tile, 1)
+        several = (5 if self.is_long else 1) * {"two": 3, "single": 2}.get(self.tile, 1)
         return self.map[0] * (height + width) * (2 if self.map[1] > 8 else 1) * several
 
     def arrays(self) -> list[Any]:
         """x, the maps or proxy and projections, merge, and the gradient that reaches y."""
         rng = np.random.default_rng(zlib.crc32(str(self).encode()))
-        pixels, channels, rank = self.shape[:3], self.shape[3], self.rank
-        made = self.variant.startswith("low_rank")
+        pixels, channels, rank, made = self.shape[:3], self.shape[3], self.rank, self.is_low_rank
         front, scale = ((rank,), rank**-0.5) if made else (pixels, 1.0)
         logits = rng.normal(0, 2 * scale, (*front, 4, 3, self.weight_channels))
         maps: Any = [logits, *rng.normal(0, scale, (3, *front, 4, channels))]
@@ -137,14 +155,13 @@ def inference() -> tuple[PropagationCase, ...]:
 
 
 def backward_variant(case: PropagationCase) -> str | None:
-    """The variant of a case that has its own backward kernel, lines in all directions and a planned tile."""
-    has_backward = not case.variant.endswith("on_chip")
-    return case.variant if has_backward and case.tile == "planned" and case.size != "one line" else None
+    """The variant of a case that has its own backward kernel and one launch."""
+    return case.variant if not case.is_on_chip and case.size == "square" else None
 
 
 def on_chip_variant(case: PropagationCase) -> str | None:
     """The variant of a case, if its backward kernels are those of another variant."""
-    return case.variant if case.variant.endswith("on_chip") else None
+    return case.variant if case.is_on_chip else None
 
 
 def compiled() -> tuple[PropagationCase, ...]:
@@ -154,8 +171,8 @@ def compiled() -> tuple[PropagationCase, ...]:
 
 def bound(case: PropagationCase, implementation: str) -> Any:
     """The operation of the case as a function of its arrays, without the gradient."""
-    operation: Any = propagate_low_rank if case.variant.startswith("low_rank") else propagate
-    variant = None if implementation == "xla" else case.variant
+    operation: Any = propagate_low_rank if case.is_low_rank else propagate
+    variant = None if implementation == "xla" or not case.is_low_rank else case.variant
     return functools.partial(operation, chunk=case.chunk, implementation=implementation, variant=variant)
 
 
@@ -164,7 +181,7 @@ def y_and_gradients(case: PropagationCase, implementation: str, *arrays: Any) ->
     """y and the gradients by name; those that are None are left out."""
     *inputs, grad = arrays
     y, vjp = jax.vjp(bound(case, implementation), *inputs)
-    if case.variant.startswith("low_rank"):
+    if case.is_low_rank:
         x, proxy, up, merge = vjp(grad)
         found = dict(y=y, x=x, proxy=proxy, merge=merge, **up._asdict())
     else:
@@ -179,9 +196,10 @@ def check(case: PropagationCase, implementation: str) -> None:
     got, want = (y_and_gradients(case, name, *arrays) for name in (implementation, "xla"))
     assert got.keys() == want.keys()
     for name, reference in want.items():
-        # Gradients of maps have the maps' dtype; that of a projection is made from them and rounded again.
+        # Kernels round the gradients of maps to the maps' dtype. Those of the proxy and of a projection are made from
+        # them and rounded again.
         least = TOLERANCES[case.dtype_of_x if name in ("y", "x") else case.dtype_of_maps]
-        least *= 2 if case.variant.startswith("low_rank") and name in UpProjection._fields else 1
+        least *= 2 if case.is_low_rank and name in ("proxy", *UpProjection._fields) else 1
         if name == "merge":  # four sums over the whole map, which cancel
             least = max(least, 4 * TOLERANCES["float32"])
         assert_close(got[name], reference, tolerance=max(least, TOLERANCES[reference.dtype.name]), name=name)

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from pallas_kernels.mosaic import primitives
+from pallas_kernels.mosaic.frame import Frame
 from tests.pallas_kernels.mosaic import cases, propagation_cases
 
 # Nine lines, two in flight, so that every slot is used again. In TOGETHER two warpgroups read each other's part of the
@@ -20,11 +21,13 @@ def traced_afresh():
     jax.clear_caches()
 
 
-# Five lines: a matrix product for each if the kernel walks one direction, one for all if it walks four.
+# Five lines in each of four directions, whose maps are made by one matrix product.
 MADE = propagation_cases.PropagationCase("low_rank", "square", (1, 8), None, "none", "bfloat16", 16, True, "planned")
 ON_CHIP = MADE._replace(variant="low_rank_on_chip")
 
 
+# One CTA walks three chunks of three lines.
+RESTARTED = ALONE._replace(chunk="divides", dtypes="float32", chunks=3)
 WAIT_WORDS = "the interpreter saw a race|Barrier completed phase 1, but no threads observed phase 0"
 
 
@@ -45,7 +48,7 @@ def test_a_missing_step_is_caught(monkeypatch, missing, case, words):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [ALONE, TOGETHER], ids=str)
+@pytest.mark.parametrize("case", [ALONE, TOGETHER, RESTARTED], ids=str)
 def test_the_same_kernel_passes_without_a_fault(case):
     cases.check(case, "mosaic_interpret")
 
@@ -59,3 +62,13 @@ def test_a_missing_step_of_propagation_is_caught(monkeypatch, missing, case, wor
     monkeypatch.setattr(primitives, missing, nothing)
     with pytest.raises(jax.errors.JaxRuntimeError, match=words):
         propagation_cases.check_inference(case, "mosaic_interpret")
+
+
+@pytest.mark.parametrize("step,result", [
+    ("unless_first", "h"), pytest.param("unless_last", "x", marks=pytest.mark.full),
+])  # fmt: skip
+def test_a_missing_restart_is_caught(monkeypatch, step, result):
+    """Of the scan, and of its gradient, which passes nothing on from one chunk to another."""
+    monkeypatch.setattr(Frame, step, lambda self, n, compute, otherwise=None: compute())
+    with pytest.raises(AssertionError, match=f"^{result}: RMS ratio"):
+        cases.check(RESTARTED, "mosaic_interpret")
