@@ -76,8 +76,8 @@ class Frame:
         pixels, channels = self.segments * self.tile.own, self.blocks * self.tile.channels
         return jax.ShapeDtypeStruct((walks, lines, pixels, channels), jnp.float32)
 
-    def enter(self, launch: Any) -> None:
-        """Finds the place of this CTA and warpgroup; a kernel calls it first. `launch` is the launch's number."""
+    def enter(self, number: Any) -> None:
+        """Finds the place of this CTA and warpgroup; a kernel calls it first, with the launch's `number`."""
         tile, rest, places = self.tile, lax.axis_index("cta"), {}
         for name, size in reversed(self.grid.items()):
             if name == "direction":
@@ -102,7 +102,7 @@ class Frame:
         if tile.ghost:
             start = jnp.maximum(self.segment * tile.own - tile.ghost, 0)
             self.offset = self.segment * tile.own - start
-            self._walked = launch * tile.ghost
+            self._walked = number * tile.ghost
             self.count = jnp.clip(self._lines_of_group - self._walked, 0, tile.ghost)
         self.place = self.warpgroup * tile.rows  # this warpgroup's first pixel, within the CTA's part of the line
         # Always traced, even if 0: a slice longer than its axis is refused if its start is known while tracing.

@@ -39,31 +39,30 @@ def forward(x: jax.Array, source: Loaded | Made, results: Results, *, interpret:
     rows, channels = tile.rows, tile.channels
 
     def body(refs, scratch):
-        launch = frame.number(refs)
-        frame.enter(launch)
+        frame.enter(frame.number(refs))
         source.enter(refs, scratch)
-        own, lines = frame.warpgroup, scratch["lines"]
+        warpgroup, buffers = frame.warpgroup, scratch["state"]
 
         def load(n, at):
-            barrier = scratch["arrived"].at[own * frame.stages + at]
+            barrier = scratch["arrived"].at[warpgroup * frame.stages + at]
 
             def copy(axis):
-                frame.fetch(refs["x"], scratch["x"].at[own, at], axis, n, barrier)
+                frame.fetch(refs["x"], scratch["x"].at[warpgroup, at], axis, n, barrier)
                 source.fetch(axis, n, at, barrier)
 
             frame.by_axis(copy)
 
         def compute(n, at, out, now, same):
             def arithmetic(maps):
-                line = primitives.load(scratch["x"].at[own, at])
-                neighbours = [lines.at[now, 0, state.rows(shift)] for shift in (-1, 1)]
+                line = primitives.load(scratch["x"].at[warpgroup, at])
+                neighbours = [buffers.at[now, 0, state.rows(shift)] for shift in (-1, 1)]
                 mixed = frame.unless_first(n, lambda: mix(maps, neighbours, same))
                 h, kept = advance(mixed, maps, line, x.dtype)
-                lines[1 - now, 0, state.rows()] = h
+                buffers[1 - now, 0, state.rows()] = h
                 if "h" in results:
-                    scratch["h"][own, out] = kept
+                    scratch["h"][warpgroup, out] = kept
                 if "share" in results:
-                    scratch["share"][own, out] = share(maps, kept, line).astype(x.dtype)
+                    scratch["share"][warpgroup, out] = share(maps, kept, line).astype(x.dtype)
                 return h
 
             return source.during(n, at, arithmetic)
@@ -71,28 +70,28 @@ def forward(x: jax.Array, source: Loaded | Made, results: Results, *, interpret:
         def store(n, out):
             def copy(axis):
                 for name in results:
-                    frame.store(scratch[name].at[own, out], refs[name], axis, n, slot=frame.slot)
+                    frame.store(scratch[name].at[warpgroup, out], refs[name], axis, n, slot=frame.slot)
 
             frame.by_axis(copy)
 
         frame.start(load)
         source.start()
-        state.clear(lines, scratch["joint"])
+        state.clear(buffers, scratch["joint"])
         same = primitives.zeros(rows, channels)
         if tile.ghost:
-            state.receive(lines, refs["given"], [(0, 0)], scratch["joint"])
-            same = primitives.load(lines.at[0, 0, state.rows()])
+            state.receive(buffers, refs["given"], [(0, 0)], scratch["joint"])
+            same = primitives.load(buffers.at[0, 0, state.rows()])
         source.prepare()
         frame.walk(load, compute, store, scratch["arrived"], scratch["joint"], same)
         if tile.ghost:
-            state.send(lines, [(lax.rem(frame.count, 2), 0)], refs["passed"])
+            state.send(buffers, [(lax.rem(frame.count, 2), 0)], refs["passed"])
         primitives.wait_written()
 
     scratch = dict(
         **source.scratch,
         x=primitives.shared_memory((tile.warpgroups, frame.stages, rows, channels), x.dtype),
         **{name: primitives.shared_memory((tile.warpgroups, tile.stores, rows, channels), x.dtype) for name in results},
-        lines=state.scratch,
+        state=state.scratch,
         arrived=primitives.barriers(1 + source.copies, tile.warpgroups * frame.stages),
         joint=primitives.barriers(1 if tile.ghost else tile.warpgroups),
     )
@@ -146,7 +145,7 @@ def backward(
     and grad_x gets merge skip grad_y besides. The gradients of merge gate and merge skip are h grad_y and x grad_y.
 
     The kernel's state is not g but the products weights * g that the next line reads: so each weight is read once, at
-    its own pixel, and normalised once.
+    its warpgroup pixel, and normalised once.
 
     Args:
         x: (B, H, W, C).
@@ -167,43 +166,43 @@ def backward(
     def body(refs, scratch):
         frame.enter(frame.number(refs))
         source.enter(refs, scratch)
-        own, lines = frame.warpgroup, scratch["lines"]
+        warpgroup, buffers = frame.warpgroup, scratch["state"]
         scale = refs["merge"][frame.slot] if is_gated else None
 
         def load(n, at):
-            barrier = scratch["arrived"].at[own * frame.stages + at]
+            barrier = scratch["arrived"].at[warpgroup * frame.stages + at]
 
             def copy(axis):
                 fetched = {"x": None, "grad": None if is_gated else frame.slot} | (
                     {"h": frame.slot} if is_gated else {}
                 )
                 for name, slot in fetched.items():
-                    frame.fetch(refs[name], scratch[name].at[own, at], axis, n, barrier, slot=slot)
+                    frame.fetch(refs[name], scratch[name].at[warpgroup, at], axis, n, barrier, slot=slot)
                 source.fetch(axis, n, at, barrier)
-                before = scratch["before"].at[own, at]
+                before = scratch["before"].at[warpgroup, at]
                 frame.fetch_before(refs["h"], before, axis, n, margin, barrier, slot=frame.slot)
 
             frame.by_axis(copy)
 
         def compute(n, at, out, now, same):
             def arithmetic(maps):
-                line, grad_line = (primitives.load(scratch[name].at[own, at]) for name in ("x", "grad"))
+                line, grad_line = (primitives.load(scratch[name].at[warpgroup, at]) for name in ("x", "grad"))
 
                 def passed():
                     return same + (
-                        primitives.load(lines.at[now, 0, state.rows(1)])
-                        + primitives.load(lines.at[now, 1, state.rows(-1)])
+                        primitives.load(buffers.at[now, 0, state.rows(1)])
+                        + primitives.load(buffers.at[now, 1, state.rows(-1)])
                     )
 
                 merged = grad_line if scale is None else scale * grad_line
                 g = (merged if maps.gate is None else maps.gate * merged) + frame.unless_last(n, passed)
-                grad_weights = scratch["grad_weights"].at[own, out]
+                grad_weights = scratch["grad_weights"].at[warpgroup, out]
 
                 def pass_on():
                     w, kept = maps.weights()
-                    lines[1 - now, 0, state.rows()] = w[0] * g
-                    lines[1 - now, 1, state.rows()] = w[2] * g
-                    before = frame.before(scratch["before"].at[own, at], margin)
+                    buffers[1 - now, 0, state.rows()] = w[0] * g
+                    buffers[1 - now, 1, state.rows()] = w[2] * g
+                    before = frame.before(scratch["before"].at[warpgroup, at], margin)
                     weights.write(grad_weights, weights.gradients([g * neighbour for neighbour in before], kept))
                     return w[1] * g
 
@@ -213,41 +212,41 @@ def backward(
 
                 found = {"x": maps.lam * g, "lam": line * g}
                 if maps.gate is not None:
-                    found["gate"] = primitives.load(scratch["h"].at[own, at]) * grad_line
+                    found["gate"] = primitives.load(scratch["h"].at[warpgroup, at]) * grad_line
                 if maps.skip is not None:
                     found["x"] += maps.skip * merged
                     found["skip"] = line * grad_line
                 for name, value in found.items():
                     ref = scratch[f"grad_{name}"]
-                    ref[own, out] = value.astype(ref.dtype)
+                    ref[warpgroup, out] = value.astype(ref.dtype)
                 return frame.unless_first(n, pass_on, end)
 
             return source.during(n, at, arithmetic)
 
         def store(n, out):
             def copy(axis):
-                frame.store(scratch["grad_x"].at[own, out], refs["grad_x"], axis, n, slot=frame.slot)
-                weights.store(scratch["grad_weights"].at[own, out], refs["grad_weights"], axis, n)
+                frame.store(scratch["grad_x"].at[warpgroup, out], refs["grad_x"], axis, n, slot=frame.slot)
+                weights.store(scratch["grad_weights"].at[warpgroup, out], refs["grad_weights"], axis, n)
                 for name in of_maps:
-                    ref = scratch[f"grad_{name}"].at[own, out]
+                    ref = scratch[f"grad_{name}"].at[warpgroup, out]
                     frame.store(ref, refs[f"grad_{name}"], axis, n, part=frame.slot)
 
             frame.by_axis(copy)
 
         frame.start(load)
         source.start()
-        state.clear(lines, scratch["joint"])
+        state.clear(buffers, scratch["joint"])
         same = primitives.zeros(rows, channels)
         if tile.ghost:
-            state.receive(lines, refs["given"], [(0, 0), (0, 1), (1, 0)], scratch["joint"])
-            same = primitives.load(lines.at[1, 0, state.rows()])
+            state.receive(buffers, refs["given"], [(0, 0), (0, 1), (1, 0)], scratch["joint"])
+            same = primitives.load(buffers.at[1, 0, state.rows()])
             primitives.commit()  # every thread has read it before the first line writes there
         source.prepare()
         same = frame.walk(load, compute, store, scratch["arrived"], scratch["joint"], same)
         if tile.ghost:
             last = lax.rem(frame.count, 2)
-            lines[1 - last, 0, state.rows()] = same
-            state.send(lines, [(last, 0), (last, 1), (1 - last, 0)], refs["passed"])
+            buffers[1 - last, 0, state.rows()] = same
+            state.send(buffers, [(last, 0), (last, 1), (1 - last, 0)], refs["passed"])
         primitives.wait_written()
 
     memory = primitives.shared_memory
@@ -261,7 +260,7 @@ def backward(
         grad_x=memory((*places, rows, channels), x.dtype),
         grad_weights=memory((*places, *weights.tile), source.gradients["weights"].dtype),
         **{f"grad_{name}": memory((*places, rows, channels), source.gradients[name].dtype) for name in of_maps},
-        lines=state.scratch,
+        state=state.scratch,
         arrived=primitives.barriers(3 + is_gated + source.copies, tile.warpgroups * frame.stages),
         joint=primitives.barriers(3 if tile.ghost else tile.warpgroups),
     )

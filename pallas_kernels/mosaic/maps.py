@@ -105,11 +105,11 @@ class Made:
         self.weights = Weights(frame, like, True)
         self.inputs = {f"proxy{axis}": proxy for axis, proxy in zip(frame.axes, proxies, strict=True)} | dict(up=up)
         self.columns = MAPS * tile.channels
-        self.lines, self.rows = lines_of_product(tile), rows_of_product(tile)
+        self.lines_of_product, self.rows = lines_of_product(tile), rows_of_product(tile)
         self.overlaps = overlaps(tile, on_chip)
         # On chip all directions have the same buffers, which no direction may outrun.
         lines = min(frame.shape[1:3]) if on_chip else frame.group
-        self.stages = min(products_ahead(tile), -(-lines // self.lines))
+        self.stages = min(products_ahead(tile), -(-lines // self.lines_of_product))
         swizzle = primitives.common_swizzle(rank, self.columns)
         self.scratch = dict(
             proxies=primitives.factor(self.rows, rank, swizzle, dtype, tile.warpgroups * self.stages),
@@ -168,10 +168,10 @@ class Made:
         k = self._sign * (product - self._first)
         if not self.overlaps:
             is_first = (n == 0) | (product != self._product(n - 1))
-            pl.when((self.lines == 1) | is_first)(lambda: self._make(k))
+            pl.when((self.lines_of_product == 1) | is_first)(lambda: self._make(k))
 
         def arithmetic():
-            pixels = pl.ds((frame.line(n) - product * self.lines) * rows, rows)
+            pixels = pl.ds((frame.line(n) - product * self.lines_of_product) * rows, rows)
             maps = self._scratch["maps"].at[frame.warpgroup, self._buffer(k), pixels]
 
             def read(k, least=None):
@@ -190,7 +190,7 @@ class Made:
 
     def _product(self, n: Any) -> Any:
         """The index along the image of the product that makes line n."""
-        return lax.div(self.frame.line(n), self.lines)
+        return lax.div(self.frame.line(n), self.lines_of_product)
 
     def _slot(self, k: Any) -> Any:
         return self.frame.warpgroup * self.stages + lax.rem(self._before + k, self.stages)
@@ -208,7 +208,7 @@ class Made:
         frame, pitches = self.frame, dict(zip(self.frame.axes, self.pitches, strict=True))
 
         def copy(axis):
-            start = (self._first + self._sign * k) * (self.lines * pitches[axis]) + frame.pixel
+            start = (self._first + self._sign * k) * (self.lines_of_product * pitches[axis]) + frame.pixel
             source = self._refs[f"proxy{axis}"].at[frame.image, pl.ds(start, self.rows)]
             primitives.fetch(source, self._scratch["proxies"].at[self._slot(k)], self._arrived(k))
 

@@ -37,7 +37,7 @@ def forward(
     rows, channels, keep, last = tile.rows, tile.channels, "h" in results, len(sources) - 1
 
     def body(refs, scratch):
-        lines, x_map, y_map = scratch["lines"], scratch["x_map"], scratch["y_map"]
+        buffers, x_map, y_map = scratch["state"], scratch["x_map"], scratch["y_map"]
         for d, source in enumerate(sources):
             source.frame.enter(0)
             source.enter(refs, scratch)
@@ -58,10 +58,10 @@ def forward(
                         ref.at[frame.line(n)] if axis == 1 else ref.at[:, frame.line(n)] for ref in (x_map, y_map)
                     )
                     line = primitives.load(x_line, is_part=True)
-                    neighbours = [lines.at[now, 0, state.rows(shift)] for shift in (-1, 1)]
+                    neighbours = [buffers.at[now, 0, state.rows(shift)] for shift in (-1, 1)]
                     mixed = frame.unless_first(n, lambda: mix(maps, neighbours, same))
                     h, kept = advance(mixed, maps, line, x.dtype)
-                    lines[1 - now, 0, state.rows()] = h
+                    buffers[1 - now, 0, state.rows()] = h
                     part = scale * share(maps, kept, line)
                     if d:
                         part += primitives.load(y_line, is_part=True)
@@ -82,7 +82,7 @@ def forward(
                 if keep:
                     frame.store(scratch["h"].at[0, out], refs["h"], axis, n, slot=d)
 
-            state.clear(lines, None)
+            state.clear(buffers, None)
             if d == 0:
                 primitives.wait(scratch["x_arrived"])
             before = sum(other.lines for other in frames[:d])
@@ -97,7 +97,7 @@ def forward(
         x_map=memory((rows, rows, channels), x.dtype),
         y_map=memory((rows, rows, channels), "float32"),
         **{name: memory((1, tile.stores, rows, channels), x.dtype) for name in results},
-        lines=state.scratch,
+        state=state.scratch,
         x_arrived=primitives.barriers(1),
     )
     inputs = {"x": x, "merge": merge, **{name: array for source in sources for name, array in source.inputs.items()}}

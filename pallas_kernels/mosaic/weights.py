@@ -112,9 +112,9 @@ class Weights:
         if not self.is_shared:
             frame.store(source, ref, axis, n, part=self._slots)
         elif tile.ghost:
-            own = pl.ds(frame.segment * tile.own, tile.own)
+            pixels = pl.ds(frame.segment * tile.own, tile.own)
             for k in range(SLOTS):
-                target = ref.at[self._walk, frame.line(n), frame.block_index, k, own]
+                target = ref.at[self._walk, frame.line(n), frame.block_index, k, pixels]
                 primitives.store(source.at[k, pl.ds(frame.offset, tile.own)], target)
         else:
             primitives.store(source, ref.at[self._walk, frame.line(n), frame.block_index, :, frame.rows()])
