@@ -1,6 +1,14 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import UpProjection, propagate_low_rank
+from pallas_kernels.mosaic import compile_only
+from pallas_kernels.mosaic.card import H200
 from pallas_kernels.mosaic.machine_code import parse
+from pallas_kernels.mosaic.plans import forced, plan
 
 # Two instructions, then twice over: two, a loop of three, one; then the end. The wait of the inner loop lies behind it.
 SASS = """
@@ -70,3 +78,26 @@ def test_what_cannot_be_read_is_refused():
     assert code.opcodes["RET.ABS"] == 1
     with pytest.raises(LookupError, match="RET.ABS at 0x0100: expected no jump but to a label"):
         code.loops  # noqa: B018
+
+
+@pytest.mark.full
+@pytest.mark.skipif(bool(compile_only.missing()), reason=str(compile_only.missing()))
+def test_the_prologue_is_small():
+    """The first stage of GSPN-T: chunks of two lines, of which a CTA walks many. At most 15% of all instructions."""
+    array: Any = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    up = UpProjection(array(8, 4, 3, 96), array(8, 4, 96), array(8, 4, 96), array(8, 4, 96))
+    problems = {}
+
+    def run(*inputs):
+        y, vjp = jax.vjp(lambda *inputs: propagate_low_rank(*inputs, chunk=2, implementation="mosaic"), *inputs)
+        return y, *vjp(y)
+
+    with forced(lambda problem, card: problems.setdefault(problem.kernel, problem) and None):
+        maps = array(128, 56, 56, 96), array(128, 56, 56, 8)
+        kernels = compile_only.compile_for_h200(run, *maps, up, array(4)).kernels
+    assert [kernel.name for kernel in kernels] == ["low_rank_forward", "low_rank_backward"]
+    for kernel, problem in zip(kernels, (problems["forward"], problems["backward"]), strict=True):
+        tile = plan(problem, H200)
+        assert tile is not None
+        counts = kernel.code.executed((min(2 * tile.chunks, problem.lines),))
+        assert 100 < counts["prologue"] < 0.15 * sum(counts.values()), (kernel.name, counts)
