@@ -1,5 +1,7 @@
 """The line scan, GSPN's recurrence in one direction, from weights or from the logits of row-stochastic weights."""
 
+from typing import Any
+
 import jax
 from jax.typing import ArrayLike
 
@@ -127,4 +129,5 @@ def _scan(
     )
     if tile is not None and call.implementation == "xla":
         raise ValueError("tile: expected None where `xla` runs, which has no tiles")
-    return gradient.scan(call, *vary_alike(x, weights[:, :, :, None], lam[:, :, :, None]))[:, 0]
+    h: Any = gradient.scan(call, *vary_alike(x, weights[:, :, :, None], lam[:, :, :, None]))  # of one direction
+    return h[:, 0]

@@ -94,8 +94,7 @@ def propagate(
         from_logits=True,
     )
     arrays: Any = vary_alike(x, logits, lam, gate, skip, merge)
-    x, logits, lam, gate, skip, merge = arrays
-    return merged(x, gradient.scan(call, x, logits, lam), gate, skip, merge)
+    return merged(arrays[0], gradient.scan(call, *arrays[:3]), *arrays[3:])
 
 
 def propagate_low_rank(

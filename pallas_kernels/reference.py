@@ -1,6 +1,10 @@
-"""The `lax.scan` implementation, forward and backward. Kernels are tested against it; it runs on every device."""
+"""The `lax.scan` implementation, forward and backward. Kernels are tested against it; it runs on every device.
 
-from collections.abc import Sequence
+Line scans read the maps of a line from arrays. A low-rank propagation makes those of a few lines at a time; forward and
+backward then scan over blocks, and over the lines of a block.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +14,12 @@ from jax import lax
 from pallas_kernels.checks import state_dtype
 from pallas_kernels.directions import DIRECTIONS
 from pallas_kernels.stability import normalise
-from pallas_kernels.up_projection import gradients_of_maps, maps_of
+from pallas_kernels.up_projection import UpProjection
 from pallas_kernels.walk import Walk, gathered, spread
 
 _SLOTS = range(3)
+# Of the maps that a low-rank walk makes at a time: they should stay in the cache of a core.
+_BLOCK_BYTES = 2**20
 
 
 def scan_forward(
@@ -29,21 +35,12 @@ def scan_forward(
         chunk: lines after which each scan restarts, or None.
         from_logits: whether `weights` are logits.
     """
-    dtype = state_dtype(x)
     states = []
     for d, direction in enumerate(directions):
         walk = Walk(direction, x.shape, chunk)
-        x_view, w_view, lam_view = (walk.chunks(array) for array in (x, weights, lam))
-
-        def step(carry, index, walk=walk, x_view=x_view, w_view=w_view, lam_view=lam_view, d=d):
-            halo, h = carry
-            w_lines = _weight_lines(walk, _slot_lines(walk, w_view, index, d), dtype, from_logits)
-            gated = walk.line(lam_view, index, d).astype(dtype) * walk.line(x_view, index).astype(dtype)
-            line = _mix(walk, w_lines, halo) + gated
-            return (walk.fill(halo, line), walk.put(h, line, index)), None
-
-        start = walk.halo(walk.line(x_view, 0).astype(dtype)), jnp.zeros_like(x_view)
-        (_, h), _ = lax.scan(step, start, jnp.arange(walk.lines))
+        given = _given(walk, weights, lam, d)
+        step, start = _forward(walk, x, from_logits)
+        (_, h), _ = lax.scan(lambda carry, i, step=step, given=given: step(carry, (i, *given(i))), start, walk.indices)
         states.append(walk.whole(h))
     return jnp.stack(states, axis=1)
 
@@ -56,64 +53,191 @@ def scan_backward(
 
     `h` and `grad_h` are (B, D, H, W, C); the rest is as in `scan_forward`.
     """
-    dtype = state_dtype(x)
-    grad_x, grad_w, grad_lam = jnp.zeros_like(x, dtype), jnp.zeros_like(weights), jnp.zeros_like(lam)
+    grad_x = jnp.zeros_like(x, state_dtype(x))
+    grad_weights, grad_lam = jnp.zeros_like(weights), jnp.zeros_like(lam)
     for d, direction in enumerate(directions):
         walk = Walk(direction, x.shape, chunk)
-        x_view, w_view, lam_view, h_view, grad_view = (
-            walk.chunks(array) for array in (x, weights, lam, h[:, d], grad_h[:, d])
-        )
+        given = _given(walk, weights, lam, d)
+        step, start = _backward(walk, x, h[:, d], grad_h[:, d], grad_x, from_logits)
 
-        def step(
-            carry, index, walk=walk, x_view=x_view, w_view=w_view, lam_view=lam_view, h_view=h_view,
-            grad_view=grad_view, d=d,
-        ):  # fmt: skip
-            passed, before, grad_x, grad_w, grad_lam = carry
-            total = walk.line(grad_view, index).astype(dtype) + _unmix(walk, passed)
-            w_lines, to_given = jax.vjp(
-                lambda lines: _weight_lines(walk, lines, dtype, from_logits), _slot_lines(walk, w_view, index, d)
-            )
-            before = walk.fill(before, _line_before(walk, h_view, index, dtype))
-            of_weights = [gathered(total * line, weights.shape[-1]) for line in walk.neighbours(before)]
-            for slot, line in enumerate(to_given(of_weights)[0]):
+        def put(carry, index, walk=walk, given=given, step=step, d=d):
+            carry, (grad_w, grad_lam) = carry
+            carry, (*of_slots, of_lam) = step(carry, (index, *given(index)))
+            for slot, line in enumerate(of_slots):
                 grad_w = walk.put(grad_w, line, index, d, slot)
-            of_x = walk.line(lam_view, index, d).astype(dtype) * total
-            grad_x = walk.put(grad_x, walk.line(grad_x, index) + of_x, index)
-            grad_lam = walk.put(grad_lam, walk.line(x_view, index).astype(dtype) * total, index, d)
-            return (_pass_back(walk, passed, w_lines, total), before, grad_x, grad_w, grad_lam), None
+            return (carry, (grad_w, walk.put(grad_lam, of_lam, index, d))), None
 
-        halo = walk.halo(walk.line(x_view, 0).astype(dtype))
-        start = [halo] * 3, halo, *(walk.chunks(grad) for grad in (grad_x, grad_w, grad_lam))
-        (_, _, *grads), _ = lax.scan(step, start, jnp.arange(walk.lines), reverse=True)
-        grad_x, grad_w, grad_lam = (walk.whole(grad) for grad in grads)
-    return grad_x.astype(x.dtype), grad_w, grad_lam
+        start = start, (walk.chunks(grad_weights), walk.chunks(grad_lam))
+        ((*_, grad_x), views), _ = lax.scan(put, start, walk.indices, reverse=True)
+        grad_x, grad_weights, grad_lam = (walk.whole(view) for view in (grad_x, *views))
+    return grad_x.astype(x.dtype), grad_weights, grad_lam
 
 
-def low_rank_forward(x, proxy, up, merge, *, chunk: int | None, keep: bool) -> tuple[jax.Array, tuple]:
-    """y of `propagate_low_rank`, and h of the four directions, (B, H, W, C) in x's dtype (empty unless `keep`)."""
-    logits, lam, gate, skip = maps_of(proxy, up)
-    h = scan_forward(x, logits, lam, directions=DIRECTIONS, chunk=chunk, from_logits=True)
-    states = tuple(h[:, d] for d in range(4))
-    return _merged(x, states, gate, skip, merge), states if keep else ()
+def low_rank_forward(
+    x: jax.Array, proxy: jax.Array, up: UpProjection, merge: jax.Array, *, chunk: int | None, keep: bool
+) -> tuple[jax.Array, tuple]:
+    """y of `propagate_low_rank`, and h of the four directions, (B, H, W, C) in x's dtype (empty unless `keep`).
 
-
-def low_rank_backward(x, proxy, up, merge, states, grad_y, *, chunk: int | None) -> tuple:
-    """Gradients of x (in its dtype) and of proxy, up and merge (float32; float64 for float64 arrays)."""
-    logits, lam, gate, skip = maps_of(proxy, up)
-    _, vjp = jax.vjp(_merged, x, states, gate, skip, merge)
-    of_x, of_h, of_gate, of_skip, of_merge = vjp(grad_y)
-    options: Any = dict(directions=DIRECTIONS, chunk=chunk, from_logits=True)
-    grad_x, of_logits, of_lam = scan_backward(x, logits, lam, jnp.stack(states, 1), jnp.stack(of_h, 1), **options)
-    of_proxy, of_up = gradients_of_maps(proxy, up, (of_logits, of_lam, of_gate, of_skip))
-    return grad_x + of_x, of_proxy, of_up, of_merge.astype(state_dtype(x))
-
-
-def _merged(x, states, gate, skip, merge):
+    The logits and lam of some lines are made when a walk comes to them, so they are never whole in memory.
+    """
     dtype = state_dtype(x)
-    part = gate.astype(dtype) * jnp.stack(states, 3).astype(dtype)
-    if skip is not None:
-        part += skip.astype(dtype) * x[:, :, :, None].astype(dtype)
-    return jnp.sum(merge.astype(dtype).reshape(1, 1, 1, 4, 1) * part, axis=3).astype(x.dtype)
+    y, states = jnp.zeros_like(x, dtype), []
+    for d, direction in enumerate(DIRECTIONS):
+        walk = Walk(direction, x.shape, chunk)
+        step, start = _forward(walk, x, from_logits=True)
+        columns = _columns(up, d)
+
+        def make(carry, block, step=step, columns=columns):
+            indices, proxies = block
+            maps = [_product(proxies, column).astype(dtype) for column in columns]
+            return lax.scan(step, carry, (indices, *maps))
+
+        (_, h), _ = lax.scan(make, start, _blocks(walk, up, proxy))
+        h = walk.whole(h)
+        y += merge[d].astype(dtype) * _product(proxy, up.gate[:, d]).astype(dtype) * h.astype(dtype)
+        states.append(h)
+    if up.skip is not None:
+        y += _product(proxy.astype(dtype), _merged_skip(up.skip, merge, dtype)) * x.astype(dtype)
+    return y.astype(x.dtype), tuple(states) if keep else ()
+
+
+def low_rank_backward(
+    x: jax.Array, proxy: jax.Array, up: UpProjection, merge: jax.Array, states: tuple, grad_y: jax.Array, *,
+    chunk: int | None,
+) -> tuple[jax.Array, jax.Array, UpProjection, jax.Array]:  # fmt: skip
+    """Gradients of x (in its dtype), and of proxy, up and merge (float32; float64 for float64 x).
+
+    The gradients of the maps of some lines are contracted at once, with the up-projection and with the proxy.
+    """
+    dtype = state_dtype(x)
+    wide_proxy, merge, grad_y = (array.astype(dtype) for array in (proxy, merge, grad_y))
+    wide_up: Any = jax.tree.map(lambda columns: columns.astype(dtype), up)
+    grad_x, grad_proxy, of_skip = jnp.zeros_like(x, dtype), jnp.zeros_like(wide_proxy), None
+    of_logits, of_lam, of_gate = [], [], []  # for each direction; that of gate and skip is for merge = 1
+    if up.skip is not None:
+        column, of_map = _merged_skip(up.skip, merge, dtype), grad_y * x.astype(dtype)
+        grad_x += _product(wide_proxy, column) * grad_y
+        grad_proxy += _product(of_map, column.T)
+        of_skip = _outer(wide_proxy, of_map)
+    for d, direction in enumerate(DIRECTIONS):
+        walk = Walk(direction, x.shape, chunk)
+        of_map = grad_y * states[d].astype(dtype)
+        grad_proxy += _product(of_map, merge[d] * wide_up.gate[:, d].T)
+        of_gate.append(_outer(wide_proxy, of_map))
+        grad_h = merge[d] * _product(proxy, up.gate[:, d]).astype(dtype) * grad_y
+        step, start = _backward(walk, x, states[d], grad_h, grad_x, from_logits=True)
+        columns, wide_columns = _columns(up, d), _columns(wide_up, d)
+
+        def contract(carry, block, step=step, columns=columns, wide_columns=wide_columns):
+            carry, sums = carry
+            indices, proxies = block
+            maps = [_product(proxies, column).astype(dtype) for column in columns]
+            carry, of_maps = lax.scan(step, carry, (indices, *maps), reverse=True)
+            proxies = proxies.astype(dtype)
+            sums = [total + _outer(proxies, grad) for total, grad in zip(sums, of_maps, strict=True)]
+            products = [_product(grad, column.T) for grad, column in zip(of_maps, wide_columns, strict=True)]
+            return (carry, sums), sum(products[1:], products[0])
+
+        start = start, [jnp.zeros_like(column) for column in wide_columns]
+        blocks = _blocks(walk, up, proxy)
+        ((*_, grad_x), sums), of_proxies = lax.scan(contract, start, blocks, reverse=True)
+        grad_x = walk.whole(grad_x)
+        grad_proxy += walk.in_place(of_proxies.reshape(walk.lines, *of_proxies.shape[2:]))
+        of_logits.append(jnp.stack(sums[:3], axis=1))
+        of_lam.append(sums[3])
+    logits, lam, gate = (jnp.stack(grads, axis=1) for grads in (of_logits, of_lam, of_gate))
+    merge = merge.reshape(1, 4, 1)
+    grad_merge = jnp.sum(gate * wide_up.gate, axis=(0, 2))
+    if of_skip is not None:
+        grad_merge += jnp.sum(of_skip[:, None] * wide_up.skip, axis=(0, 2))
+        of_skip = merge * of_skip[:, None]
+    return grad_x.astype(x.dtype), grad_proxy, UpProjection(logits, lam, merge * gate, of_skip), grad_merge
+
+
+def _blocks(walk: Walk, up: UpProjection, proxy: jax.Array) -> tuple[jax.Array, ...]:
+    """The indices of the lines, (blocks, lines of a block), and their proxies, (blocks, lines of a block, B, ..., S).
+
+    A block has as many lines as keep its maps small; few lines of a small map would make many small products.
+    """
+    batch, height, width, channels = walk.shape
+    pixels = height * width // walk.lines * (batch if isinstance(batch, int) else 1)  # of a line
+    limit = _BLOCK_BYTES // (pixels * (3 * up.logits.shape[-1] + channels) * state_dtype(proxy).itemsize)
+    lines = max(n for n in range(1, walk.lines + 1) if n == 1 or (n <= limit and walk.lines % n == 0))
+    # Without the barrier XLA may put the products first, and then copy maps instead of proxies into the walk's order.
+    ordered = lax.optimization_barrier(walk.ordered(proxy))
+    return tuple(array.reshape(walk.lines // lines, lines, *array.shape[1:]) for array in (walk.indices, ordered))
+
+
+def _columns(up: UpProjection, d: int) -> list[jax.Array]:
+    """The matrices of the three logits and of lam for one direction: three (S, C_w) and an (S, C)."""
+    return [*(up.logits[:, d, slot] for slot in _SLOTS), up.lam[:, d]]
+
+
+def _merged_skip(skip: jax.Array, merge: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The skips of the four directions multiply the same x: (S, 4, C) summed to the (S, C) of one map."""
+    return jnp.sum(merge.astype(dtype).reshape(1, 4, 1) * skip.astype(dtype), axis=1)
+
+
+def _product(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    """(..., S) times (S, C)."""
+    return lax.dot_general(rows, matrix, (((rows.ndim - 1,), (0,)), ((), ())))
+
+
+def _outer(rows: jax.Array, grads: jax.Array) -> jax.Array:
+    """The sum over pixels of the outer products of (..., S) and (..., C): the gradient (S, C) of a matrix."""
+    pixels = tuple(range(rows.ndim - 1))
+    return lax.dot_general(rows, grads, ((pixels, pixels), ((), ())))
+
+
+def _given(walk: Walk, weights: jax.Array, lam: jax.Array, d: int) -> Callable:
+    """The function from a line's index to its three slots of weights (or logits) and its lam."""
+    weight_view, lam_view = walk.chunks(weights), walk.chunks(lam)
+    return lambda index: (*(walk.line(weight_view, index, d, slot) for slot in _SLOTS), walk.line(lam_view, index, d))
+
+
+def _forward(walk: Walk, x: jax.Array, from_logits: bool) -> tuple[Callable, tuple]:
+    """The step of a scan over lines that computes h of one direction, and its first carry.
+
+    The step takes the line's index, its three slots of weights (or logits) and its lam. The carry is the line before in
+    its halo, and h as `Walk.chunks` gives it.
+    """
+    dtype = state_dtype(x)
+    x_view = walk.chunks(x)
+
+    def step(carry, line):
+        halo, h = carry
+        index, *slots, lam = line
+        gated = lam.astype(dtype) * walk.line(x_view, index).astype(dtype)
+        line = _mix(walk, _weight_lines(walk, slots, dtype, from_logits), halo) + gated
+        return (walk.fill(halo, line), walk.put(h, line, index)), None
+
+    return step, (walk.halo(walk.line(x_view, 0).astype(dtype)), jnp.zeros_like(x_view))
+
+
+def _backward(
+    walk: Walk, x: jax.Array, h: jax.Array, grad_h: jax.Array, grad_x: jax.Array, from_logits: bool
+) -> tuple[Callable, tuple]:
+    """The step of a scan in reverse order that is the gradient of `_forward`, and its first carry.
+
+    The step takes what that of `_forward` takes and returns the gradients of the three slots and of lam. The last item
+    of the carry is `grad_x`, to which it adds.
+    """
+    dtype = state_dtype(x)
+    x_view, h_view, grad_view = (walk.chunks(array) for array in (x, h, grad_h))
+
+    def step(carry, line):
+        passed, before, grad_x = carry
+        index, *slots, lam = line
+        total = walk.line(grad_view, index).astype(dtype) + _unmix(walk, passed)
+        weights, to_slots = jax.vjp(lambda lines: _weight_lines(walk, lines, dtype, from_logits), slots)
+        before = walk.fill(before, _line_before(walk, h_view, index, dtype))
+        of_weights = [gathered(total * line, weights[0].shape[-1]) for line in walk.neighbours(before)]
+        of_maps = *to_slots(of_weights)[0], walk.line(x_view, index).astype(dtype) * total
+        grad_x = walk.put(grad_x, walk.line(grad_x, index) + lam.astype(dtype) * total, index)
+        return (_pass_back(walk, passed, weights, total), before, grad_x), of_maps
+
+    halo = walk.halo(walk.line(x_view, 0).astype(dtype))
+    return step, ([halo] * 3, halo, walk.chunks(grad_x))
 
 
 def _mix(walk: Walk, weights: Sequence[jax.Array], halo: jax.Array) -> jax.Array:
@@ -139,10 +263,6 @@ def _line_before(walk: Walk, h_view: jax.Array, index, dtype: jnp.dtype) -> jax.
     """h of the line before line `index`; zeros for the first line."""
     line = walk.line(h_view, jnp.maximum(index - 1, 0)).astype(dtype)
     return jnp.where(index == 0, jnp.zeros_like(line), line)
-
-
-def _slot_lines(walk: Walk, view: jax.Array, index, *direction: int) -> list[jax.Array]:
-    return [walk.line(view, index, *direction, slot) for slot in _SLOTS]
 
 
 def _weight_lines(walk: Walk, lines: Sequence[jax.Array], dtype: jnp.dtype, from_logits: bool) -> list[jax.Array]:

@@ -37,6 +37,11 @@ class Walk:
         return min(self.chunk or self.length, self.length)
 
     @property
+    def indices(self) -> jax.Array:
+        """The indices of a chunk's lines."""
+        return jnp.arange(self.lines)
+
+    @property
     def _count(self) -> int:
         return -(-self.length // self.lines)
 
@@ -78,6 +83,15 @@ class Walk:
         array = array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
         start = array.shape[axis] - self.length if walks_back(self.direction) else 0
         return lax.slice_in_dim(array, start, start + self.length, axis=axis)
+
+    def ordered(self, array: jax.Array) -> jax.Array:
+        """(B, H, W, ...) copied to (lines, B, ...), in the order of the walk."""
+        array = jnp.moveaxis(self.chunks(array), self._axis, 0)
+        return array[::-1] if walks_back(self.direction) else array
+
+    def in_place(self, array: jax.Array) -> jax.Array:
+        """The inverse of `ordered`."""
+        return self.whole(jnp.moveaxis(array[::-1] if walks_back(self.direction) else array, 0, self._axis))
 
     def line(self, array: jax.Array, index, *slots: int) -> jax.Array:
         """Line `index` of each chunk; the axis of the lines is dropped.
