@@ -89,11 +89,13 @@ def test_the_wheel_holds_the_libraries_and_their_tables_only():
     package_data = SETUPTOOLS["package-data"]
     for top in ("gspn_jax", "pallas_kernels"):
         for file in (REPOSITORY / top).rglob("*"):
-            package = ".".join(file.relative_to(REPOSITORY).parent.parts)
             if file.is_dir() or "__pycache__" in file.parts:
                 continue
-            assert package in taken, f"{file}: its folder is no package, since it has no __init__.py"
-            is_taken = any(fnmatch.fnmatchcase(file.name, pattern) for pattern in package_data.get(package, ()))
+            folder = next(folder for folder in file.parents if (folder / "__init__.py").exists())
+            package = ".".join(folder.relative_to(REPOSITORY).parts)
+            assert package in taken and (file.suffix != ".py" or folder == file.parent), f"{file}: in no package"
+            name, patterns = file.relative_to(folder).as_posix(), package_data.get(package, ())
+            is_taken = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
             assert file.suffix == ".py" or is_taken, f"{file}: not in the package data of pyproject.toml"
 
 

@@ -1,7 +1,8 @@
 """Counts the bytes and FLOPs of a compiled GPU program from its text (optimised HLO), and the least time they take.
 
 The text names shapes, so bytes are those of operands and results. Each counts once per instruction, whether or not it
-stays in a cache or is read twice. Where an instruction slices an array or updates it in place, only the slice counts.
+stays in a cache or is read twice. Where an instruction slices an array or updates it in place, only the slice counts. A
+Mosaic kernel counts whole arrays; if its launches share them, as on maps that are not square, that is too much.
 """
 
 import collections
@@ -212,9 +213,6 @@ class Program:
             return 2 * _size(shapes[1])
         if instruction.opcode == "fusion":
             return self._fusion_bytes(instruction.attribute(r"calls=%?([\w.\-]+)"))
-        if instruction.target.startswith("mosaic_gpu") and "on_chip" not in instruction.attribute(r'op_name="([^"]*)"'):
-            # (B, H, W, 4 or 12, C) holds maps of four directions; a launch for one of them reads a quarter.
-            return sum(array.bytes // (4 if array.dims[3:-1] in ((4,), (12,)) else 1) for array in touched)
         return sum(array.bytes for array in touched)
 
     def _fusion_bytes(self, key: str) -> int:

@@ -7,12 +7,12 @@ GPU; a row takes a second or two. Exit code 1 if a kernel does not compile, spil
 memory than there is. No column is a measured time.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from experiments import command_line, tables
@@ -22,21 +22,23 @@ from experiments.compiled import report
 from experiments.compiled.report import Report, Row
 from pallas_kernels import DIRECTIONS, UpProjection
 from pallas_kernels.choices import VARIANTS
-from pallas_kernels.mosaic import compile_only, operations, variants
+from pallas_kernels.mosaic import compile_only, layouts, operations
 from pallas_kernels.mosaic.card import H200
 from pallas_kernels.mosaic.compile_only import Kernel
-from pallas_kernels.mosaic.forms import Form
+from pallas_kernels.mosaic.layouts import Layout
 from pallas_kernels.mosaic.tiles import Tile
+from pallas_kernels.mosaic.variants import ON_CHIP
 
-SCANS = ("from_logits", "from_weights")  # in one direction
+FROM_WEIGHTS = "from_weights"
+SCANS = ("from_logits", FROM_WEIGHTS)  # in one direction
 ALL_DIRECTIONS = "all"
 DTYPES = ("bfloat16", "float16", "float32")
 FORWARD, TRAINING, BACKWARD = "forward", "training forward", "backward"  # the second keeps h for the third
 PASSES = (FORWARD, TRAINING, BACKWARD)
 NOTE = (
     "Compiled, not executed. Registers, spills and stack are per thread, shared memory per CTA, by the assembler's "
-    "report. temporary_bytes belong to the whole program: padding, layouts for the kernel, and the state that launches "
-    "hand on; a training forward pass writes the four h besides. Each row names its commit."
+    "report. temporary_bytes belong to the whole program: padding, layouts for the kernel, each direction's share of a "
+    "result, and the state that launches hand on. Each row names its commit."
 )
 COLUMNS = (
     "shape", "batch", "height", "width", "channels", "weight_channels", "chunk", "rank", "direction", "pass",
@@ -53,7 +55,7 @@ ORDER = {
 
 
 class Program(NamedTuple):
-    """An operation to compile: a line scan, or a variant of the propagation."""
+    """Kernels to compile: those of a line scan, or of a variant of the propagation without the passes around them."""
 
     shape: KernelShape
     direction: str
@@ -65,12 +67,13 @@ class Program(NamedTuple):
         return " ".join((self.shape.name, *self[1:]))
 
     @property
-    def work(self) -> variants.Work:
-        """The work of a variant of the propagation."""
-        shape = self.shape
-        rank = shape.rank if self.operation.startswith("low_rank") else 0
-        size = (shape.batch, shape.height, shape.width, shape.channels)
-        return variants.Work(size, self.dtype, shape.weight_channels, shape.chunk, rank)
+    def directions(self) -> tuple[str, ...]:
+        return DIRECTIONS if self.direction == ALL_DIRECTIONS else (self.direction,)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the proxy from which the kernels make maps; 0 where they read maps."""
+        return self.shape.rank if self.operation.startswith("low_rank") else 0
 
 
 def programs(shapes: Iterable[KernelShape], directions: Sequence[str], dtypes: Sequence[str]) -> list[Program]:
@@ -88,73 +91,75 @@ def programs(shapes: Iterable[KernelShape], directions: Sequence[str], dtypes: S
     )
     different: dict[Any, Program] = {}
     for program in filter(exists, listed):
-        different.setdefault((program.work, *program[1:]), program)
+        sizes = dataclasses.replace(program.shape, name="", rank=program.rank)
+        different.setdefault((sizes, *program[1:]), program)
     return list(different.values())
 
 
 def exists(program: Program) -> bool:
-    """Says whether there is such a kernel: on-chip ones serve only the forward pass, low-rank ones only 16 bits."""
-    if program.operation not in VARIANTS:
+    """Says whether there are such kernels: on-chip ones serve only the forward pass, low-rank ones only 16 bits."""
+    if not program.operation.startswith("low_rank"):
         return program.pass_ != TRAINING  # the result of a scan is h
-    if program.operation.startswith("low_rank") and program.dtype == "float32":
+    if program.dtype == "float32":
         return False
-    if not program.operation.endswith(variants.ON_CHIP):
+    if not program.operation.endswith(ON_CHIP):
         return True
-    try:
-        with compile_only.h200():
-            return program.pass_ != BACKWARD and bool(variants.forms(program.work, program.operation))
-    except ValueError:  # no tile serves the map
-        return False
+    return program.pass_ != BACKWARD and _layout(program) is not None
 
 
 def bind(program: Program) -> tuple[Callable[..., Any], list[Any], list[Tile]]:
-    """Returns the function to compile, its arguments and the tile of each direction."""
-    if program.operation in VARIANTS:
-        return _bind_propagation(program)
-    shape, dtype = program.shape, jnp.dtype(program.dtype)
-    from_logits = program.operation == "from_logits"
-    maps = (shape.batch, shape.height, shape.width, shape.channels)
-    x = jax.ShapeDtypeStruct(maps, dtype)
-    weights = jax.ShapeDtypeStruct((*maps[:3], 3, shape.weight_channels), dtype if from_logits else jnp.float32)
-    kernels = operations.Kernels()
-    if program.pass_ == FORWARD:
-        function, arguments, loads, stores = kernels.scan_forward, [x, weights, x], (x, x), (x,)
-    else:
-        function, arguments, loads, stores = kernels.scan_backward, [x, weights, x, x, x], (x, x, x, x), (x, x)
-    with compile_only.h200():
-        form = Form(program.pass_, x, weights, loads, stores, program.direction, shape.chunk, None, False)
-    options = dict(direction=program.direction, chunk=shape.chunk, from_logits=from_logits)
-    return functools.partial(function, **options), arguments, [form.tile]
+    """Returns the function to compile, its arguments and the tile of each launch.
 
+    Raises:
+        ValueError: no tile serves the map.
+    """
+    layout = _layout(program)
+    if layout is None:
+        raise ValueError(f"shape: expected a map that some tile fits, got {program}")
+    shape, kernels, kernel = program.shape, operations.Kernels(), _kernel(program)
+    pixels, channels, count = (shape.batch, shape.height, shape.width), shape.channels, len(program.directions)
 
-def _bind_propagation(program: Program) -> tuple[Callable[..., Any], list[Any], list[Tile]]:
-    """As `bind`, for four directions with gate and skip."""
-    shape, variant, is_forward = program.shape, program.operation, program.pass_ != BACKWARD
-    pixels = (shape.batch, shape.height, shape.width)
-
-    def array(*axes: int, dtype: Any = program.dtype) -> Any:
+    def array(*axes: int, dtype: str = program.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(axes, dtype)
 
-    x, merge = array(*pixels, shape.channels), array(4, dtype=jnp.float32)
-    kernels, options = operations.Kernels(), dict[str, Any](chunk=shape.chunk)
-    if variant.startswith("low_rank"):
-        logits = array(shape.rank, 4, 3, shape.weight_channels)
-        up = UpProjection(logits, *[array(shape.rank, 4, shape.channels)] * 3)
-        arguments: list[Any] = [x, array(*pixels, shape.rank), up, merge]
-        function = kernels.low_rank_forward if is_forward else kernels.low_rank_backward
-        options["variant"] = variant
+    x, states = array(*pixels, channels), array(shape.batch, count, shape.height, shape.width, channels)
+    options = dict[str, Any](chunk=shape.chunk)
+    if program.rank:
+        up: Any = UpProjection(array(shape.rank, 4, 3, shape.weight_channels), *[array(shape.rank, 4, channels)] * 3)
+        arguments: list[Any] = [x, array(*pixels, shape.rank), up, array(4, dtype="float32")]
+        function = kernels.low_rank_forward if kernel == "forward" else kernels.low_rank_backward
+        options |= dict(variant=program.operation)
+        options |= dict(keep=program.pass_ == TRAINING) if kernel == "forward" else {}
+        states, grad = (states,), x
     else:
-        maps = [array(*pixels, 4, shape.channels)] * 3
-        arguments = [x, array(*pixels, 4, 3, shape.weight_channels), *maps, merge]
-        function = kernels.propagation_forward if is_forward else kernels.propagation_backward
-        options |= dict(variant=variant) if is_forward else {}
-    if is_forward:
-        options["keep"] = program.pass_ == TRAINING
+        weights = array(*pixels, count, 3, shape.weight_channels, dtype=_dtype_of_weights(program))
+        arguments = [x, weights, array(*pixels, count, channels)]
+        function = kernels.scan_forward if kernel == "forward" else kernels.scan_backward
+        options |= dict(directions=program.directions, from_logits=program.operation != FROM_WEIGHTS)
+        grad = states
+    arguments += [states, grad] if kernel == "backward" else []
+    return functools.partial(function, **options), arguments, [tile for _, _, tile in layout.launches]
+
+
+def _kernel(program: Program) -> str:
+    return "backward" if program.pass_ == BACKWARD else "forward"
+
+
+def _dtype_of_weights(program: Program) -> str:
+    return "float32" if program.operation == FROM_WEIGHTS else program.dtype
+
+
+def _layout(program: Program) -> Layout | None:
+    """Returns how the launches are tiled on an H200; None where no tile fits."""
+    shape, kernel = program.shape, _kernel(program)
+    x = jax.ShapeDtypeStruct((shape.batch, shape.height, shape.width, shape.channels), program.dtype)
+    if program.rank:
+        on_chip = program.operation.endswith(ON_CHIP)
+        kind = layouts.low_rank_kind(kernel, x, program.rank, keep=program.pass_ == TRAINING, on_chip=on_chip)
     else:
-        arguments += [[x] * 4, x]
+        kind = layouts.scan_kind(kernel, x, jax.ShapeDtypeStruct((), _dtype_of_weights(program)), x)
     with compile_only.h200():
-        forms = variants.forms(program.work, variant, kernel=FORWARD if is_forward else BACKWARD)
-    return functools.partial(function, **options), arguments, forms.tiles
+        return layouts.lay_out(kind, x.shape, shape.weight_channels, program.directions, shape.chunk, interpret=False)
 
 
 def compile_rows(program: Program) -> list[Row]:
@@ -164,8 +169,8 @@ def compile_rows(program: Program) -> list[Row]:
     row.update(shape=shape.name, batch=shape.batch, height=shape.height, width=shape.width, channels=shape.channels)
     row.update(weight_channels=shape.weight_channels, chunk=shape.chunk or "", direction=program.direction)
     row.update({"operation": program.operation, "pass": program.pass_, "dtype": program.dtype})
-    if program.operation.startswith("low_rank"):
-        row["rank"] = shape.rank
+    if program.rank:
+        row["rank"] = program.rank
     try:
         function, arguments, tiles = bind(program)
         row["tile"] = "; ".join(dict.fromkeys(map(str, tiles)))

@@ -125,9 +125,9 @@ MODELS = {
 }
 PROPAGATIONS = {
     "xla": Propagation("xla"),
-    "mosaic": Propagation("mosaic"),  # each layer takes the variant of its table
-    "fused": Propagation("mosaic", "fused"),
-    "fused_h_again": Propagation("mosaic", "fused", keep_states=False),
+    "mosaic": Propagation("mosaic"),  # each layer takes the variant that the estimate prefers
+    "scans": Propagation("mosaic", "scans"),
+    "scans_h_again": Propagation("mosaic", "scans", keep_states=False),
     "low_rank": Propagation("mosaic", "low_rank"),
     "low_rank_h_again": Propagation("mosaic", "low_rank", keep_states=False),
 }

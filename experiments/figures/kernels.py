@@ -4,7 +4,7 @@
 
 Writes OUTPUT.png and OUTPUT.md, and prints the table. The figure has one line for each candidate over the maps of one
 width and batch. A GSPN layer scans in four directions: the lines of scans show four times the mean of the directions
-that were timed.
+that were timed, as if one ran after the other.
 """
 
 import math

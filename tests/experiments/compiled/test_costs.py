@@ -94,17 +94,6 @@ def test_text_that_is_no_program():
         Program("module {}")
 
 
-def test_a_kernel_for_one_direction_reads_one_of_four_maps():
-    text = """ENTRY %main (m: bf16[2,3,5,4,8]) -> bf16[2,3,5,8] {
-  %m = bf16[2,3,5,4,8]{4,3,2,1,0} parameter(0)
-  ROOT %k = bf16[2,3,5,8]{3,2,1,0} custom-call(%m), custom_call_target="mosaic_gpu_v2", metadata={op_name="a/NAME"}
-}
-"""
-    result = 2 * 3 * 5 * 8 * 2
-    assert totals(text.replace("NAME", "propagation"))["bytes"] == 2 * result
-    assert totals(text.replace("NAME", "propagation_on_chip/map"))["bytes"] == 5 * result
-
-
 def test_totals_and_the_least_time():
     product = Cost("p", "matrix product", 1, int(4.3e9), int(7e11))
     assert product.least_seconds == pytest.approx(1e-3)

@@ -44,10 +44,10 @@ def test_a_step_that_does_not_compile_is_a_row_and_other_steps_stay(monkeypatch,
     (row,) = REPORT.run(some("gspn_t xla kept"), str(tmp_path / "step_report"))
     assert row["fault"] == "ValueError: no memory for it" and row["batch"] == 128
     assert "no memory for it" in (tmp_path / "step_report.md").read_text()
-    for only in ("gspn_t fused kept", "gspn_t low_rank remat", "gspn_t fused kept"):
+    for only in ("gspn_t scans kept", "gspn_t low_rank remat", "gspn_t scans kept"):
         REPORT.run(some(only), str(tmp_path / "step_report"))
     _, rows = tables.read(tmp_path / "step_report.csv")
-    assert [(row["variant"], row["batch"]) for row in rows] == [("xla", "128"), ("fused", "128"), ("low_rank", "128")]
+    assert [(row["variant"], row["batch"]) for row in rows] == [("xla", "128"), ("scans", "128"), ("low_rank", "128")]
 
 
 def one_block(propagation: Propagation, remat: bool, batch_size: int) -> Setting:
@@ -70,7 +70,7 @@ def test_report_of_a_tiny_model(monkeypatch, tmp_path):
     monkeypatch.setitem(steps.MODELS, "tiny", Model(2, one_block))
     # flax's layers mix float32 parameters with bfloat16 maps by the usual promotion.
     with jax.numpy_dtype_promotion("standard"):
-        (row,) = REPORT.run([Step("tiny", "fused", "kept")], str(tmp_path / "step_report"))
+        (row,) = REPORT.run([Step("tiny", "scans", "kept")], str(tmp_path / "step_report"))
     assert row["fault"] == "" and row["launches"] > 2 * 4 and row["flops"] > 0
     # Parameters, their average and both moments are donated: new are a few numbers and the places of all.
     assert 0 < row["output_bytes"] - row["alias_bytes"] < 0.1 * row["output_bytes"]
@@ -78,4 +78,4 @@ def test_report_of_a_tiny_model(monkeypatch, tmp_path):
     assert row["least_ms"] >= 1e3 * row["bytes"] / 4.3e12 * 0.999
     about, (written,) = tables.read(tmp_path / "step_report.csv")
     assert written == {key: str(row[key]) for key in COLUMNS} and about["note"].startswith("Compiled, not executed")
-    assert "| tiny fused kept | 2 |" in (tmp_path / "step_report.md").read_text()
+    assert "| tiny scans kept | 2 |" in (tmp_path / "step_report.md").read_text()
