@@ -25,7 +25,6 @@ from pallas_kernels.choices import VARIANTS
 from pallas_kernels.mosaic import card, measured
 
 WHAT = ("variants", "tiles")
-TINY = dict(batch=1, height=2, width=2, channels=8, weight_channels=8)
 
 
 def tune(shape: KernelShape, search: Search, options: Any) -> list[dict[str, Any]]:
@@ -46,6 +45,12 @@ def tune(shape: KernelShape, search: Search, options: Any) -> list[dict[str, Any
     for one in passes:
         rows += time_tiles(one, search, options.num_tiles)
     return rows
+
+
+def tiny(shape: KernelShape) -> KernelShape:
+    """Returns the same kind of map for the interpreter."""
+    sizes = dict(batch=1, height=2, width=2, channels=8, weight_channels=8, rank=min(shape.rank, 8))
+    return dataclasses.replace(shape, **sizes)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -73,14 +78,14 @@ def main() -> None:
     options = flags.FLAGS
     device_time.prepare_environment()
     shapes, present = select(options.shapes), card.present()
-    for flag, known in (("what", WHAT), ("modes", MODES), ("directions", DIRECTIONS)):
-        chosen(flag, known)
     if options.dry and not options.folder:
         raise ValueError("folder: expected one where --dry is given, so that no invented time is kept; got none")
     if isinstance(present, str) and not options.dry:
         raise ValueError(f"nothing to time: {present}")
+    for flag, known in (("what", WHAT), ("modes", MODES), ("directions", DIRECTIONS)):
+        chosen(flag, known)
     if options.dry:
-        shapes = tuple(dataclasses.replace(shape, **TINY, rank=min(shape.rank, 8)) for shape in shapes)
+        shapes = tuple(tiny(shape) for shape in shapes)
     clock, why = ("host", "dry") if options.dry else device_time.choose_clock()
     print(f"clock: {clock} {why}")
     stamp = provenance.stamp()

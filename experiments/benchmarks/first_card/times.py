@@ -34,9 +34,9 @@ def tiles(context: Context, name: str) -> None:
     """Times tiles of a layer's kernels, forward in training and backward, and keeps the fastest."""
     (shape,) = (SMALL,) if context.dry else select([name])
     search = context.search()
-    for mode in MODES[1:2] if context.dry else MODES[1:]:
+    for mode in MODES[2:] if context.dry else MODES[1:]:
         one = Pass(shape, mode, variant="low_rank", implementation=search.implementation)
-        _refuse(list(time_tiles(one, search, 1 if context.dry else TILES_OF_LAYER)))
+        _refuse(list(time_tiles(one, search, 0 if context.dry else TILES_OF_LAYER)))
 
 
 def scans(context: Context, name: str) -> None:
@@ -76,9 +76,8 @@ def lines(context: Context) -> None:
         found = [tile for tile in plans.candidates(problem, card) if tile.chunks == 1 and not tile.ghost]
         return min(found, key=lambda tile: estimate.seconds(problem, tile, card), default=None)
 
-    for name, rank, direction, variant in (
-        ("line scan", 0, "down", None), ("scans", 8, None, "scans"), ("low_rank", 8, None, "low_rank"),
-    ):  # fmt: skip
+    kinds = (("line scan", 0, "down", None), ("scans", 8, None, "scans"), ("low_rank", 8, None, "low_rank"))
+    for name, rank, direction, variant in kinds[:1] if context.dry else kinds:
         for mode in MODES[:1] if context.dry else ("inference", "backward"):
             found = []
             for chunk in (side, least):

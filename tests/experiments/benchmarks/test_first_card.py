@@ -14,6 +14,7 @@ import pytest
 from experiments.benchmarks.first_card import __main__ as first_card
 from experiments.benchmarks.first_card import plan, refit, running, step
 from experiments.benchmarks.first_card.context import Context
+from experiments.benchmarks.first_card.correctness import marked_files, result_of
 from experiments.benchmarks.first_card.plan import Step
 from experiments.benchmarks.first_card.summary import MOST_CHARACTERS, summary
 from experiments.benchmarks.shapes import select
@@ -116,11 +117,19 @@ def test_the_summary_names_each_step_and_stays_short():
     assert "step 899" in text and len(text) <= MOST_CHARACTERS
 
 
+def test_results_in_the_lines_of_pytest():
+    assert result_of("tests/a/test_b.py::test_c[1-two] PASSED                [ 10%]\n") == "PASSED"
+    assert result_of("tests/a/test_b.py::test_c SKIPPED (no NVIDIA GPU visible)  [100%]\n") == "SKIPPED"
+    assert result_of("[gw3] [ 52%] FAILED tests/a/test_b.py::test_c[1-two] \n") == "FAILED"
+    assert result_of("FAILED tests/a/test_b.py::test_c - assert 1 == 2\n") is None
+    assert result_of("tests/a/test_b.py::test_c[1-two] \n") is None
+
+
 @pytest.mark.full
 def test_a_machine_without_some_packages_imports_the_steps_and_collects_the_tests():
     modules = sorted({work.split(".")[0] for work in step.WORK.values()})
     imported = [f"experiments.benchmarks.first_card.{name}" for name in ("__main__", "context", *modules)]
-    collects = "import pytest; sys.exit(pytest.main(['-q', '--collect-only', '-m', 'gpu', 'tests/pallas_kernels']))"
+    collects = f"import pytest; sys.exit(pytest.main(['-q', '--collect-only', '-m', 'gpu', *{marked_files()}]))"
     code = f"{HIDE}\nimport {', '.join(imported)}\n{collects}"
     answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-2000:]
