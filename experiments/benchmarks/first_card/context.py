@@ -40,7 +40,7 @@ class Context:
         """Returns how to measure on this machine. Measured files go into `out`."""
         stamp = provenance.stamp()
         clock, why = ("host", "dry") if self.dry else device_time.choose_clock()
-        if why:
+        if why and not self.dry:
             self.write({"kind": "clock", "clock": clock, "note": why})
         return Search(
             report=self.write,

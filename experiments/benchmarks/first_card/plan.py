@@ -8,7 +8,7 @@ TIMED = (
     "sdxl_16k_level1", "sdxl_1k_level2",
 )  # fmt: skip
 SCANNED = ("gspn2_1024_b16_c8", "gspn2_1024_b1_c1152")
-TRAINED = ("gspn_t", "dit_xl2", "gspn_xl2")
+TRAINED = ("gspn_t", "gspn_xl2", "dit_xl2")
 # Layers that take most of their models' time.
 TILED = (
     "gspn_t_stage1", "sdxl_1k_level1", "gspn_t_stage2", "gspn_xl_generator", "gspn_t_stage3", "sdxl_4k_level1",

@@ -26,7 +26,7 @@ def variants(context: Context, name: str) -> None:
     """Times each variant of a layer in each mode, and `xla` beside them where it takes no minutes."""
     (shape,) = (SMALL,) if context.dry else select([name])
     modes = MODES[:1] if context.dry else MODES
-    beside = ["xla"] if shape.batch * shape.height * shape.width * shape.channels < 2**27 else []
+    beside = ["xla"] if not context.dry and shape.batch * shape.height * shape.width * shape.channels < 2**27 else []
     _refuse(list(time_variants(shape, context.search(), modes=modes, beside=beside)))
 
 
