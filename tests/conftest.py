@@ -49,6 +49,14 @@ def _has_nvidia_gpu() -> bool:
     return any(device.platform == "gpu" for device in jax.devices())
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` only files with such a test are read: others import packages that a GPU's machine may lack."""
+    if config.option.markexpr != "gpu" or collection_path.name == "conftest.py":
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any("@pytest.mark.gpu" in file.read_text() for file in files) else True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_nvidia_gpu():
