@@ -110,6 +110,8 @@ def low_rank_backward(
     The gradients of the maps of some lines are contracted at once, with the up-projection and with the proxy.
     """
     dtype = state_dtype(x)
+    # Without the barrier XLA takes the gate's maps from the forward pass and keeps them in memory until then.
+    x, proxy, up, grad_y = lax.optimization_barrier((x, proxy, up, grad_y))
     wide_proxy, merge, grad_y = (array.astype(dtype) for array in (proxy, merge, grad_y))
     wide_up: Any = jax.tree.map(lambda columns: columns.astype(dtype), up)
     grad_x, grad_proxy, of_skip = jnp.zeros_like(x, dtype), jnp.zeros_like(wide_proxy), None

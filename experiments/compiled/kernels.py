@@ -3,8 +3,8 @@
     python -m experiments.compiled.kernels --only=gspn_t --output=experiments/results/kernel_report
 
 Writes OUTPUT.csv with a row for each kernel, and OUTPUT.md with a summary. Needs requirements-gpu-compile.txt and no
-GPU; a row takes a second or two. Exit code 1 if a kernel does not compile, spills registers or asks for more shared
-memory than there is. No column is a measured time.
+GPU; a row takes a few seconds. Exit code 1 if a kernel does not compile, spills registers, asks for more shared
+memory than there is, or breaks the order that `order` checks. No column is a measured time.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from experiments.compiled import report
 from experiments.compiled.report import Report, Row
 from pallas_kernels import DIRECTIONS, UpProjection
 from pallas_kernels.choices import VARIANTS
-from pallas_kernels.mosaic import compile_only, layouts, operations
+from pallas_kernels.mosaic import compile_only, layouts, operations, order
 from pallas_kernels.mosaic.card import H200
 from pallas_kernels.mosaic.compile_only import Kernel
 from pallas_kernels.mosaic.layouts import Layout
@@ -181,12 +181,13 @@ def compile_rows(program: Program) -> list[Row]:
         return [row | {"fault": "no Mosaic kernel in the program"}]
     memory = compilation.compiled.memory_analysis()
     row["temporary_bytes"] = memory.temp_size_in_bytes if memory is not None else ""
-    return [row | resources(kernel) for kernel in compilation.kernels]
+    stores = max(tile.stores for tile in tiles)
+    return [row | resources(kernel, stores) for kernel in compilation.kernels]
 
 
-def resources(kernel: Kernel) -> Row:
-    """Returns the columns of one kernel."""
-    faults = []
+def resources(kernel: Kernel, stores: int) -> Row:
+    """Returns the columns of one kernel, whose tile has this many `stores`."""
+    faults = order.violations(kernel.code, stores)
     if kernel.spill_bytes:
         faults.append(f"spills {kernel.spill_bytes} bytes")
     if kernel.shared_memory > H200.shared_memory:

@@ -64,7 +64,7 @@ def test_small_layers_have_kernels_on_chip():
     ],
 )
 def test_faults_of_a_kernel(changes, fault):
-    row = kernels.resources(dataclasses.replace(KERNEL, **changes))
+    row = kernels.resources(dataclasses.replace(KERNEL, **changes), stores=2)
     assert fault in row["fault"] and bool(fault) == bool(row["fault"])
     assert (row["kernel"], row["ctas"], row["tma_loads"]) == ("a", 2, 3)
 
