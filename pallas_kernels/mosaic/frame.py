@@ -24,7 +24,7 @@ from pallas_kernels.mosaic import primitives
 from pallas_kernels.mosaic.tiles import Tile
 
 # Launches in the body of a loop over launches: a loop of one would copy the state and count in kernels of their own.
-_UNROLLED = 4
+_UNROLLED = 8
 
 
 class Frame:
@@ -288,14 +288,14 @@ class Frame:
         refs = {key: jax.new_ref(_started(like)) for key, like in results.items()}
         state = self.state(passed_lines)
 
+        @jax.jit  # traced and lowered once
+        def launch(inputs, refs):
+            return primitives.launch(body, inputs, refs, {"passed": state}, scratch, **options)["passed"]
+
         def several(turn, given, count):
             for offset in range(count):
                 # Both numbers are there already: the launch's own would take a kernel to compute.
-                numbers = dict(round=turn, offset=jnp.int32(offset))
-                launched = primitives.launch(
-                    body, {**inputs, **numbers, "given": given}, refs, {"passed": state}, scratch, **options
-                )
-                given = launched["passed"]
+                given = launch({**inputs, "round": turn, "offset": jnp.int32(offset), "given": given}, refs)
             return given
 
         given, (loops, rest) = jnp.zeros(state.shape, state.dtype), divmod(self.launches, _UNROLLED)
