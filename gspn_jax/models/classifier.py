@@ -66,8 +66,9 @@ class Block(nnx.Module):
 
     def _mix(self, x: jax.Array) -> jax.Array:
         # (B, H, W, features) to (B, H, W, inner) and back
-        x = _ACTIVATIONS[self.activation](self.depthwise(self.widen(self.norm(x))))
-        return self.narrow(self.response_norm(self.mixer_norm(self.mixer(x))))
+        x = layers.chained(self.norm, self.widen)(x)
+        x = self.mixer(_ACTIVATIONS[self.activation](self.depthwise(x)))
+        return layers.chained(self.mixer_norm, self.response_norm, self.narrow)(x)
 
 
 class Stem(nnx.Module):
@@ -83,7 +84,7 @@ class Stem(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = self.first_norm(self.first(images.astype(self.dtype)))
-        return self.second_norm(self.second(jax.nn.gelu(x, approximate=False)))
+        return self.second_norm(self.second(layers.gelu(x, approximate=False)))
 
 
 class Downsample(nnx.Module):

@@ -55,12 +55,13 @@ def _convolution(x, kernel):
 def _shifted(x, kernel):
     size, (height, width) = kernel.shape[0], x.shape[1:3]
     dtype = sum_dtype(x)
-    padded, kernel = _pad(x.astype(dtype), size), kernel.astype(dtype)
+    # The barriers keep the sum one loop. Fused with what comes before and after it, XLA writes out many of the slices.
+    padded, kernel = lax.optimization_barrier((_pad(x.astype(dtype), size), kernel.astype(dtype)))
     total = jnp.zeros_like(x, dtype)
     for i in range(size):
         for j in range(size):
             total += padded[:, i : i + height, j : j + width] * kernel[i, j, 0][None, None, None]
-    return total.astype(x.dtype)
+    return lax.optimization_barrier(total).astype(x.dtype)
 
 
 def _kernel_gradient(x, grad, size):

@@ -165,7 +165,7 @@ def test_layer_report_names_every_layer():
     assert [line.split(":")[0] for line in lines] == [
         f"stages/{stage}/0 to stages/{stage}/{last}" for stage, last in enumerate((1, 1, 6, 1))
     ]
-    assert "propagate 56x56x144, chunk 2: xla" in lines[0] and "14x14x576, global" in lines[2]
+    assert "propagate_low_rank 56x56x144, chunk 2: xla" in lines[0] and "14x14x576, global" in lines[2]
     assert layer_report(tiny(mixer="attention", proxy_rank=None), small) == ["no propagation layer"]
     assert "56x56x144" not in layer_report(tiny(alignment="unturned"), small)[0]
 
