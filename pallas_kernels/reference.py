@@ -58,11 +58,12 @@ def scan_backward(
     for d, direction in enumerate(directions):
         walk = Walk(direction, x.shape, chunk)
         given = _given(walk, weights, lam, d)
-        step, start = _backward(walk, x, h[:, d], grad_h[:, d], grad_x, from_logits)
+        step, start = _backward(walk, x, h[:, d], grad_x, from_logits)
+        grad_view = walk.chunks(grad_h[:, d])
 
-        def put(carry, index, walk=walk, given=given, step=step, d=d):
+        def put(carry, index, walk=walk, given=given, step=step, grad_view=grad_view, d=d):
             carry, (grad_w, grad_lam) = carry
-            carry, (*of_slots, of_lam) = step(carry, (index, *given(index)))
+            carry, (*of_slots, of_lam) = step(carry, (index, walk.line(grad_view, index), *given(index)))
             for slot, line in enumerate(of_slots):
                 grad_w = walk.put(grad_w, line, index, d, slot)
             return (carry, (grad_w, walk.put(grad_lam, of_lam, index, d))), None
@@ -85,7 +86,7 @@ def low_rank_forward(
     for d, direction in enumerate(DIRECTIONS):
         walk = Walk(direction, x.shape, chunk)
         step, start = _forward(walk, x, from_logits=True)
-        columns = _columns(up, d)
+        columns = _columns(up, d)[:-1]  # without the gate's
 
         def make(carry, block, step=step, columns=columns):
             indices, proxies = block
@@ -112,29 +113,33 @@ def low_rank_backward(
     dtype = state_dtype(x)
     # Without the barrier XLA takes the gate's maps from the forward pass and keeps them in memory until then.
     x, proxy, up, grad_y = lax.optimization_barrier((x, proxy, up, grad_y))
-    wide_proxy, merge, grad_y = (array.astype(dtype) for array in (proxy, merge, grad_y))
+    wide_proxy, merge = proxy.astype(dtype), merge.astype(dtype)
     wide_up: Any = jax.tree.map(lambda columns: columns.astype(dtype), up)
     grad_x, grad_proxy, of_skip = jnp.zeros_like(x, dtype), jnp.zeros_like(wide_proxy), None
-    of_logits, of_lam, of_gate = [], [], []  # for each direction; that of gate and skip is for merge = 1
+    of_columns = []  # for each direction; that of gate and skip is for merge = 1
     if up.skip is not None:
-        column, of_map = _merged_skip(up.skip, merge, dtype), grad_y * x.astype(dtype)
-        grad_x += _product(wide_proxy, column) * grad_y
+        column, of_map = _merged_skip(up.skip, merge, dtype), grad_y.astype(dtype) * x.astype(dtype)
+        grad_x += _product(wide_proxy, column) * grad_y.astype(dtype)
         grad_proxy += _product(of_map, column.T)
         of_skip = _outer(wide_proxy, of_map)
     for d, direction in enumerate(DIRECTIONS):
         walk = Walk(direction, x.shape, chunk)
-        of_map = grad_y * states[d].astype(dtype)
-        grad_proxy += _product(of_map, merge[d] * wide_up.gate[:, d].T)
-        of_gate.append(_outer(wide_proxy, of_map))
-        grad_h = merge[d] * _product(proxy, up.gate[:, d]).astype(dtype) * grad_y
-        step, start = _backward(walk, x, states[d], grad_h, grad_x, from_logits=True)
+        step, start = _backward(walk, x, states[d], grad_x, from_logits=True)
+        h_view, grad_view = walk.chunks(states[d]), walk.chunks(grad_y)
         columns, wide_columns = _columns(up, d), _columns(wide_up, d)
+        wide_columns[-1] *= merge[d]
 
-        def contract(carry, block, step=step, columns=columns, wide_columns=wide_columns):
+        def ungate(carry, line, walk=walk, step=step, h_view=h_view, grad_view=grad_view, merge=merge[d]):
+            index, *maps, gate = line
+            grad_line = walk.line(grad_view, index).astype(dtype)
+            carry, of_maps = step(carry, (index, merge * gate * grad_line, *maps))
+            return carry, (*of_maps, grad_line * walk.line(h_view, index).astype(dtype))
+
+        def contract(carry, block, ungate=ungate, columns=columns, wide_columns=wide_columns):
             carry, sums = carry
             indices, proxies = block
             maps = [_product(proxies, column).astype(dtype) for column in columns]
-            carry, of_maps = lax.scan(step, carry, (indices, *maps), reverse=True)
+            carry, of_maps = lax.scan(ungate, carry, (indices, *maps), reverse=True)
             proxies = proxies.astype(dtype)
             sums = [total + _outer(proxies, grad) for total, grad in zip(sums, of_maps, strict=True)]
             products = [_product(grad, column.T) for grad, column in zip(of_maps, wide_columns, strict=True)]
@@ -145,9 +150,8 @@ def low_rank_backward(
         ((*_, grad_x), sums), of_proxies = lax.scan(contract, start, blocks, reverse=True)
         grad_x = walk.whole(grad_x)
         grad_proxy += walk.in_place(of_proxies.reshape(walk.lines, *of_proxies.shape[2:]))
-        of_logits.append(jnp.stack(sums[:3], axis=1))
-        of_lam.append(sums[3])
-    logits, lam, gate = (jnp.stack(grads, axis=1) for grads in (of_logits, of_lam, of_gate))
+        of_columns.append([jnp.stack(sums[:3], axis=1), *sums[3:]])
+    logits, lam, gate = (jnp.stack(grads, axis=1) for grads in zip(*of_columns, strict=True))
     merge = merge.reshape(1, 4, 1)
     grad_merge = jnp.sum(gate * wide_up.gate, axis=(0, 2))
     if of_skip is not None:
@@ -163,7 +167,7 @@ def _blocks(walk: Walk, up: UpProjection, proxy: jax.Array) -> tuple[jax.Array, 
     """
     batch, height, width, channels = walk.shape
     pixels = height * width // walk.lines * (batch if isinstance(batch, int) else 1)  # of a line
-    limit = _BLOCK_BYTES // (pixels * (3 * up.logits.shape[-1] + channels) * state_dtype(proxy).itemsize)
+    limit = _BLOCK_BYTES // (pixels * (3 * up.logits.shape[-1] + 2 * channels) * state_dtype(proxy).itemsize)
     lines = max(n for n in range(1, walk.lines + 1) if n == 1 or (n <= limit and walk.lines % n == 0))
     # Without the barrier XLA may put the products first, and then copy maps instead of proxies into the walk's order.
     ordered = lax.optimization_barrier(walk.ordered(proxy))
@@ -171,8 +175,8 @@ def _blocks(walk: Walk, up: UpProjection, proxy: jax.Array) -> tuple[jax.Array, 
 
 
 def _columns(up: UpProjection, d: int) -> list[jax.Array]:
-    """The matrices of the three logits and of lam for one direction: three (S, C_w) and an (S, C)."""
-    return [*(up.logits[:, d, slot] for slot in _SLOTS), up.lam[:, d]]
+    """The matrices of the three logits, lam and gate for one direction: three (S, C_w) and two (S, C)."""
+    return [*(up.logits[:, d, slot] for slot in _SLOTS), up.lam[:, d], up.gate[:, d]]
 
 
 def _merged_skip(skip: jax.Array, merge: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -216,21 +220,19 @@ def _forward(walk: Walk, x: jax.Array, from_logits: bool) -> tuple[Callable, tup
     return step, (walk.halo(walk.line(x_view, 0).astype(dtype)), jnp.zeros_like(x_view))
 
 
-def _backward(
-    walk: Walk, x: jax.Array, h: jax.Array, grad_h: jax.Array, grad_x: jax.Array, from_logits: bool
-) -> tuple[Callable, tuple]:
+def _backward(walk: Walk, x: jax.Array, h: jax.Array, grad_x: jax.Array, from_logits: bool) -> tuple[Callable, tuple]:
     """The step of a scan in reverse order that is the gradient of `_forward`, and its first carry.
 
-    The step takes what that of `_forward` takes and returns the gradients of the three slots and of lam. The last item
-    of the carry is `grad_x`, to which it adds.
+    The step takes the line's index, the gradient of its h, its three slots and its lam. It returns the gradients of the
+    slots and of lam. The last item of the carry is `grad_x`, to which it adds.
     """
     dtype = state_dtype(x)
-    x_view, h_view, grad_view = (walk.chunks(array) for array in (x, h, grad_h))
+    x_view, h_view = walk.chunks(x), walk.chunks(h)
 
     def step(carry, line):
         passed, before, grad_x = carry
-        index, *slots, lam = line
-        total = walk.line(grad_view, index).astype(dtype) + _unmix(walk, passed)
+        index, grad_line, *slots, lam = line
+        total = grad_line.astype(dtype) + _unmix(walk, passed)
         weights, to_slots = jax.vjp(lambda lines: _weight_lines(walk, lines, dtype, from_logits), slots)
         before = walk.fill(before, _line_before(walk, h_view, index, dtype))
         of_weights = [gathered(total * line, weights[0].shape[-1]) for line in walk.neighbours(before)]
