@@ -125,7 +125,9 @@ class Walk:
         Neighbours are then slices at an offset. If each line were padded instead, XLA would not vectorise the loop on
         a CPU.
         """
-        return jnp.pad(jnp.zeros_like(line), [(1, 1) if i == self.pixel_axis else (0, 0) for i in range(line.ndim)])
+        widths = [(1, 1) if i == self.pixel_axis else (0, 0) for i in range(line.ndim)]
+        # Without the barrier XLA makes the zeros of all scans of a program at its start, each in memory until its scan.
+        return lax.optimization_barrier((jnp.pad(jnp.zeros_like(line), widths), line))[0]
 
     def fill(self, halo: jax.Array, line: jax.Array) -> jax.Array:
         """`halo` with `line` between its two ends."""
