@@ -119,7 +119,7 @@ def bind(program: Program) -> tuple[Callable[..., Any], list[Any], list[Tile]]:
     shape, kernels, kernel = program.shape, operations.Kernels(), _kernel(program)
     pixels, channels, count = (shape.batch, shape.height, shape.width), shape.channels, len(program.directions)
 
-    def array(*axes: int, dtype: str = program.dtype) -> jax.ShapeDtypeStruct:
+    def array(*axes: int, dtype: str = program.dtype) -> Any:
         return jax.ShapeDtypeStruct(axes, dtype)
 
     x, states = array(*pixels, channels), array(shape.batch, count, shape.height, shape.width, channels)

@@ -1,5 +1,8 @@
-"""Propagation of maps made from a proxy: by way of `propagate`, and by the kernels' own gradient rule."""
+"""Propagation of maps made from a proxy, against `propagate` of the same maps and against a loop over pixels."""
 
+import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -9,7 +12,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import UpProjection, propagate_low_rank, record_choices
+from pallas_kernels import UpProjection, propagate, propagate_low_rank, record_choices, reference
+from pallas_kernels.tolerances import TOLERANCES
 from pallas_kernels.up_projection import gradients_of_maps, maps_of
 from tests.pallas_kernels import numpy_scan
 from tests.tolerances import assert_close
@@ -42,6 +46,80 @@ def test_agrees_with_a_loop_over_pixels(weight_channels, chunk, skip):
     with jax.enable_x64(True):
         y = propagate_low_rank(x, proxy, up, merge, chunk=chunk)
         assert_close(y, numpy_scan.propagate(x, logits, lam, gate, through, merge, chunk=chunk))
+
+
+def of_arrays(x, proxy, up, merge, **options):
+    """`propagate_low_rank` by way of arrays of maps."""
+    return propagate(x, *maps_of(proxy, up), merge, **options)
+
+
+@pytest.mark.parametrize("shape,weight_channels,chunk,skip,block_bytes", [
+    ((2, 6, 5, 4), 2, None, True, 2**20), ((2, 5, 7, 6), 1, 3, False, 1),
+    *(pytest.param(*case, marks=pytest.mark.full) for case in [
+        ((1, 6, 8, 4), 4, None, True, 4000), ((1, 1, 9, 4), 4, None, True, 1), ((2, 7, 1, 4), 1, 2, True, 2**20),
+        ((1, 8, 12, 2), 2, 4, False, 800), ((1, 1, 1, 1), 1, 1, True, 1),
+    ]),
+])  # fmt: skip
+def test_outputs_and_gradients_are_those_of_arrays_of_maps(
+    monkeypatch, shape, weight_channels, chunk, skip, block_bytes
+):
+    """Also where the maps of a line, of some lines or of all lines are made at a time."""
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", block_bytes)
+    arrays = draw(shape, 3, weight_channels, seed=2, skip=skip)
+    grad_y = np.random.default_rng(3).normal(size=shape)
+    with jax.enable_x64(True):
+        got, want = (
+            jax.jit(functools.partial(gradients_of, functools.partial(operation, chunk=chunk)))(arrays, grad_y)
+            for operation in (propagate_low_rank, of_arrays)
+        )
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert_close(one, other)
+
+
+def gradients_of(operation, arrays, grad_y):
+    """The result of an operation and the gradients of its arrays."""
+    y, vjp = jax.vjp(operation, *arrays)
+    return y, vjp(grad_y)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.full) for d in ("float32", "float16"))]
+)
+def test_rounding_is_that_of_the_dtype(dtype):
+    *arrays, merge = draw((2, 8, 6, 4), 3, 2, seed=4, dtype=np.float32)
+    given = [*jax.tree.map(lambda array: jnp.asarray(array, dtype), arrays), merge]
+    grad_y = jnp.asarray(np.random.default_rng(5).normal(size=(2, 8, 6, 4)), dtype)
+    y, gradients = gradients_of(propagate_low_rank, given, grad_y)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda array: np.asarray(array, np.float64), (given, grad_y))
+        want, want_gradients = gradients_of(propagate_low_rank, *wide)
+    # Twice the table: the maps are rounded to the proxy's dtype, h to that of x, and then the result.
+    tolerance = 2 * TOLERANCES[dtype]
+    assert_close(y, want, dtype=dtype, tolerance=tolerance)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
+        assert_close(one, other, dtype=one.dtype, tolerance=tolerance)
+
+
+def test_keeps_no_maps_for_the_gradient():
+    """Between forward and backward there are the inputs and h of the four directions."""
+    arrays = draw((2, 6, 8, 16), dtype=np.float32)
+    kept = jax.eval_shape(lambda *arrays: jax.vjp(propagate_low_rank, *arrays)[1], *arrays)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(kept))
+    assert sizes == sorted([array.size for array in jax.tree.leaves(arrays)] + 4 * [arrays[0].size])
+
+
+def test_no_array_of_the_program_is_larger_than_x(monkeypatch):
+    """Forward and backward: the 24 values per pixel and channel are made some lines at a time."""
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", 2**14)
+    arrays = draw((2, 16, 12, 16), 4, dtype=np.float32)
+
+    def largest(operation) -> int:
+        program = jax.jit(functools.partial(gradients_of, operation)).lower(arrays, arrays[0]).compile()
+        shapes = re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", str(program.as_text()))
+        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+    assert largest(propagate_low_rank) == arrays[0].size
+    assert largest(of_arrays) == 12 * arrays[0].size
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -80,8 +158,9 @@ def test_bad_arguments(name, value, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def kernel_loss(x, proxy, up, merge, implementation="mosaic_interpret"):
-    y = propagate_low_rank(x, proxy, up, merge, implementation=implementation, variant="low_rank")
+def loss(x, proxy, up, merge, implementation="mosaic_interpret"):
+    variant = None if implementation == "xla" else "low_rank"
+    y = propagate_low_rank(x, proxy, up, merge, implementation=implementation, variant=variant)
     return jnp.sum(y.astype(jnp.float32) ** 2)
 
 
@@ -90,11 +169,11 @@ def narrow(shape, weight_channels, seed=0) -> list[Any]:
     return [*jax.tree.map(lambda array: jnp.asarray(array, "bfloat16"), arrays), jnp.asarray(merge)]
 
 
-@pytest.mark.full
-def test_on_a_mesh():
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("mosaic_interpret", marks=pytest.mark.full)])
+def test_on_a_mesh(implementation):
     """The gradients of arrays that several devices hold whole are summed over the devices."""
     arrays = narrow((2, 2, 3, 16), weight_channels=1)
-    gradient = jax.jit(jax.grad(kernel_loss, argnums=(0, 1, 2, 3)))
+    gradient = jax.jit(jax.grad(functools.partial(loss, implementation=implementation), argnums=(0, 1, 2, 3)))
     want = gradient(*arrays)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     x, proxy, up, merge = arrays
@@ -106,16 +185,17 @@ def test_on_a_mesh():
         assert_close(one, other)
 
 
-@pytest.mark.full
-def test_vmap_of_images_and_of_projections():
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("mosaic_interpret", marks=pytest.mark.full)])
+def test_vmap_of_images_and_of_projections(implementation):
     """A mapped axis of images joins the batch; projections of several models run one after the other."""
     one, other = narrow((1, 3, 4, 8), 8), narrow((1, 3, 4, 8), 8, seed=1)
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), one, other)
-    gradient = jax.jit(jax.grad(kernel_loss, argnums=(0, 1)))
+    gradient = jax.jit(jax.grad(functools.partial(loss, implementation=implementation), argnums=(0, 1)))
     with record_choices() as choices:
         images = jax.vmap(gradient, in_axes=(0, 0, None, None))(stacked[0], stacked[1], one[2], one[3])
         models = jax.vmap(gradient)(*stacked)
-    assert {str(choice.variants) for choice in choices} == {"low_rank; in training low_rank, backward low_rank"}
+    of_kernels = "low_rank; in training low_rank, backward low_rank"
+    assert {str(choice.variants) for choice in choices} == {"None" if implementation == "xla" else of_kernels}
     for k, arrays in enumerate((one, other)):
         for got, want in zip(images, gradient(arrays[0], arrays[1], one[2], one[3]), strict=True):
             assert_close(got[k], want)

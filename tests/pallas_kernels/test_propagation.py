@@ -1,3 +1,4 @@
+import functools
 from typing import Any
 
 import jax
@@ -6,7 +7,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import reference
+from pallas_kernels import DIRECTIONS, reference
+from pallas_kernels.merging import merged
 from tests.pallas_kernels import numpy_scan
 from tests.tolerances import assert_close
 
@@ -55,6 +57,12 @@ def test_unturned_and_aligned_agree_where_nothing_turns():
         assert float(jnp.max(jnp.abs(difference))) > 0.1
 
 
+def without_rule(x, logits, lam, gate, skip, merge, chunk):
+    """`propagate` by the reference, without the scans' gradient rule."""
+    h = reference.scan_forward(x, logits, lam, directions=DIRECTIONS, chunk=chunk, from_logits=True)
+    return merged(x, h, gate, skip, merge)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("shape,weight_channels,chunk,skip", [
     ((2, 5, 7, 6), 6, None, True), ((1, 3, 4, 4), 1, 3, True), ((2, 6, 1, 4), 2, 2, False),
@@ -64,7 +72,7 @@ def test_gradient_rule_agrees_with_plain_autodiff(shape, weight_channels, chunk,
     grad_y = np.random.default_rng(4).normal(size=shape)
     with jax.enable_x64(True):
         _, ruled = jax.vjp(lambda *args: propagate(*args, chunk=chunk), *inputs)
-        _, plain = jax.vjp(lambda *args: reference.propagation_forward(*args, chunk=chunk, keep=False)[0], *inputs)
+        _, plain = jax.vjp(functools.partial(without_rule, chunk=chunk), *inputs)
         for name, got, want in zip("x logits lam gate skip merge".split(), ruled(grad_y), plain(grad_y), strict=True):
             assert (got is None) == (want is None) == (name == "skip" and not skip)
             if got is not None:

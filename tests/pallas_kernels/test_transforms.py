@@ -36,7 +36,11 @@ def gradient(x):
     return jax.grad(lambda x: jnp.sum(jnp.sin(from_logits(x))))(x)
 
 
-@pytest.mark.parametrize("operation", [from_weights, from_proxy, gradient])
+def gradient_from_proxy(x):
+    return jax.grad(lambda x: jnp.sum(jnp.sin(from_proxy(x))))(x)
+
+
+@pytest.mark.parametrize("operation", [from_weights, from_proxy, gradient, gradient_from_proxy])
 def test_one_export_serves_every_batch_size(operation):
     """The program is exported once with a symbolic batch; a batch of 3 gives the results of its images."""
     operation = jax.jit(operation)
