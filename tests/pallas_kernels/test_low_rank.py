@@ -89,10 +89,11 @@ def test_rounding_is_that_of_the_dtype(dtype):
     *arrays, merge = draw((2, 8, 6, 4), 3, 2, seed=4, dtype=np.float32)
     given = [*jax.tree.map(lambda array: jnp.asarray(array, dtype), arrays), merge]
     grad_y = jnp.asarray(np.random.default_rng(5).normal(size=(2, 8, 6, 4)), dtype)
-    y, gradients = gradients_of(propagate_low_rank, given, grad_y)
+    operation = jax.jit(functools.partial(gradients_of, propagate_low_rank))
+    y, gradients = operation(given, grad_y)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda array: np.asarray(array, np.float64), (given, grad_y))
-        want, want_gradients = gradients_of(propagate_low_rank, *wide)
+        want, want_gradients = operation(*wide)
     # Twice the table: the maps are rounded to the proxy's dtype, h to that of x, and then the result.
     tolerance = 2 * TOLERANCES[dtype]
     assert_close(y, want, dtype=dtype, tolerance=tolerance)
@@ -169,7 +170,8 @@ def narrow(shape, weight_channels, seed=0) -> list[Any]:
     return [*jax.tree.map(lambda array: jnp.asarray(array, "bfloat16"), arrays), jnp.asarray(merge)]
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("mosaic_interpret", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_interpret"])
 def test_on_a_mesh(implementation):
     """The gradients of arrays that several devices hold whole are summed over the devices."""
     arrays = narrow((2, 2, 3, 16), weight_channels=1)
@@ -185,7 +187,8 @@ def test_on_a_mesh(implementation):
         assert_close(one, other)
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("mosaic_interpret", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_interpret"])
 def test_vmap_of_images_and_of_projections(implementation):
     """A mapped axis of images joins the batch; projections of several models run one after the other."""
     one, other = narrow((1, 3, 4, 8), 8), narrow((1, 3, 4, 8), 8, seed=1)
