@@ -111,9 +111,9 @@ def propagate_low_rank(
 ) -> jax.Array:
     """Aligned `propagate(x, *maps, merge)` whose maps are linear functions of a proxy: maps_d = proxy @ up[:, d].
 
-    The maps have the proxy's dtype. They are made where they are needed, forward and backward: between the two only x,
-    proxy, up and h of the four directions are kept. Only the Mosaic kernels with a 32-bit proxy take them as arrays,
-    passed to `propagate`, which keeps them.
+    The maps have the proxy's dtype; `xla` may keep those of gate and skip wider. They are made where they are needed,
+    forward and backward: between the two only x, proxy, up and h of the four directions are kept. Only the Mosaic
+    kernels with a 32-bit proxy take them as arrays, passed to `propagate`, which keeps them.
 
     Differentiable in x, proxy, up and merge, in reverse mode only, as `propagate`.
 

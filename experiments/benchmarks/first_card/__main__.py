@@ -22,15 +22,20 @@ from experiments.benchmarks.first_card.plan import DRY_PATIENCE, PARTS, SECONDS_
 from experiments.benchmarks.first_card.summary import summary
 
 
+# Not by experiments.command_line: the card's machine may lack absl.
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--part", default="all", choices=[*map(str, PARTS), "all"])
+    found.add_argument("--out", required=True, type=Path, help="folder of the results")
+    found.add_argument("--kept", type=Path, default=Path("build/first_card"), help="folder that stays between parts")
+    found.add_argument("--commit", default="", help="the measured commit, where there is no git")
+    found.add_argument("--seconds", type=float, help=f"time of a part, {SECONDS_OF_PART:.0f}; more in a dry run")
+    found.add_argument("--dry", action="store_true", help="tiny maps in the interpreter, on a CPU")
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="all", choices=[*map(str, PARTS), "all"])
-    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
-    parser.add_argument("--kept", type=Path, default=Path("build/first_card"), help="folder that stays between parts")
-    parser.add_argument("--commit", default="", help="the measured commit, where there is no git")
-    parser.add_argument("--seconds", type=float, help=f"time of a part, {SECONDS_OF_PART:.0f}; more in a dry run")
-    parser.add_argument("--dry", action="store_true", help="tiny maps in the interpreter, on a CPU")
-    given = parser.parse_args()
+    given = parser().parse_args()
     asked = os.environ.get("JAX_PLATFORMS", "cuda")
     if not given.dry and not asked.startswith(("cuda", "gpu")):
         sys.exit(f"error: JAX_PLATFORMS: expected cuda,cpu or none, got {asked}")

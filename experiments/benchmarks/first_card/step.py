@@ -1,4 +1,4 @@
-"""The process of one step: `python -m experiments.benchmarks.first_card.step --work=family --of=scan --out=FOLDER ...`.
+"""The process of one step: `python -m experiments.benchmarks.first_card.step --work=family --out=FOLDER --kept=FOLDER`.
 
 Its results are lines of JSON in the folder; what it prints goes into the log.
 """
@@ -30,15 +30,19 @@ WORK = {
 WITHOUT_CARD = ("tests", "sanitizer")
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__)
+    found.add_argument("--work", required=True, choices=list(WORK))
+    found.add_argument("--of", default="")
+    found.add_argument("--out", required=True, type=Path)
+    found.add_argument("--kept", required=True, type=Path)
+    found.add_argument("--commit", default="")
+    found.add_argument("--dry", action="store_true")
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", required=True, choices=list(WORK))
-    parser.add_argument("--of", default="")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--kept", required=True, type=Path)
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--dry", action="store_true")
-    given = parser.parse_args()
+    given = parser().parse_args()
     device_time.prepare_environment()
     from experiments.benchmarks.first_card.context import Context  # late: it imports JAX, which reads the environment
 

@@ -191,8 +191,8 @@ def bound(case: PropagationCase, implementation: str) -> Any:
 def _exact(x: jax.Array, proxy: jax.Array, up: UpProjection, merge: jax.Array, **options: Any) -> jax.Array:
     """y from maps of 16 bits, as the kernels make them; all else is float32, and rounded at the end."""
     # Without the barrier XLA may leave out the rounding of the maps.
-    maps = jax.lax.optimization_barrier(maps_of(proxy, up))
-    return propagate(x.astype("float32"), *maps, merge, **options).astype(x.dtype)
+    logits, lam, gate, skip = jax.lax.optimization_barrier(maps_of(proxy, up))
+    return propagate(x.astype("float32"), logits, lam, gate, skip, merge, **options).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -219,6 +219,7 @@ def check(case: PropagationCase, implementation: str) -> None:
         # made from them, and two are rounded again.
         least = TOLERANCES[case.dtype_of_result if name in ("y", "x") else case.dtype_of_maps]
         least *= 2 if case.is_low_rank and name in ("proxy", "merge", *UpProjection._fields) else 1
+        least *= 2 if name == "x" and case.variant == "scans" else 1  # rounded between its two parts
         if name == "merge":  # four sums over the whole map, which cancel
             least = max(least, 4 * TOLERANCES["float32"])
         assert_close(got[name], reference, tolerance=max(least, TOLERANCES[reference.dtype.name]), name=name)
