@@ -45,7 +45,7 @@ EXCEPT = {
 # Folder: all that its files import beside the standard library and themselves.
 ALLOWED = {"pallas_kernels": ("jax", "numpy"), "configs": ("ml_collections",)}
 # Not in the lock: only inside functions of the packages, and only under this folder.
-OPTIONAL = {"tensorflow": "gspn_jax/data", "torch": "tests/weights"}
+OPTIONAL = {"tensorflow": "gspn_jax/data", "torch": "tests/weights", "transformers": "experiments/benchmarks"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -176,8 +176,8 @@ def test_layer_report_names_where_the_scan_is_cut():
     numbers = jax.ShapeDtypeStruct((2,), jnp.int32)
     lines = layer_report(model, jax.ShapeDtypeStruct((2, 32, 64, 4), jnp.float32), numbers, numbers)
     assert [line.split(": xla")[0] for line in lines] == [
-        "in_blocks 0 to 27 to out_blocks 0 to 25: propagate 16x32x1504, chunk 2",
-        "out_blocks 26 to 27: propagate 16x32x1504, global",
+        "in_blocks 0 to 27 to out_blocks 0 to 25: propagate_low_rank 16x32x1504, chunk 2",
+        "out_blocks 26 to 27: propagate_low_rank 16x32x1504, global",
     ]
 
 
