@@ -30,7 +30,7 @@ def test_gspn_t_has_the_papers_multiply_adds():
     with record_choices() as choices:
         dense = multiply_adds(lambda p, x: nnx.merge(graph, p)(x), params, image)
     scans = propagation_multiply_adds(choices)
-    # Theirs counts the merge as a convolution; here it is one seventh of the propagation. And it makes the skips of four
-    # directions, where `xla` makes their sum: 0.05 G less.
+    # Theirs counts the merge as a convolution; here it is one seventh of the propagation. And it makes the skips of
+    # four directions, where `xla` makes their sum: 0.05 G less.
     assert round((dense + scans / 7) / 1e9, 2) == 5.19
     assert 0.05e9 < scans < 0.1e9
