@@ -76,11 +76,7 @@ def forward(x: jax.Array, source: Loaded | Made, results: Results, *, interpret:
 
         frame.start(load)
         source.start()
-        state.clear(buffers, scratch["joint"])
-        same = primitives.zeros(rows, channels)
-        if tile.ghost:
-            state.receive(buffers, refs["given"], [(0, 0)], scratch["joint"])
-            same = primitives.load(buffers.at[0, 0, state.rows()])
+        same = state.begin(buffers, refs.get("given"), [(0, 0)], scratch["joint"])
         source.prepare()
         frame.walk(load, compute, store, scratch["arrived"], scratch["joint"], same)
         if tile.ghost:
@@ -235,12 +231,7 @@ def backward(
 
         frame.start(load)
         source.start()
-        state.clear(buffers, scratch["joint"])
-        same = primitives.zeros(rows, channels)
-        if tile.ghost:
-            state.receive(buffers, refs["given"], [(0, 0), (0, 1), (1, 0)], scratch["joint"])
-            same = primitives.load(buffers.at[1, 0, state.rows()])
-            primitives.commit()  # every thread has read it before the first line writes there
+        same = state.begin(buffers, refs.get("given"), [(0, 0), (0, 1), (1, 0)], scratch["joint"])
         source.prepare()
         same = frame.walk(load, compute, store, scratch["arrived"], scratch["joint"], same)
         if tile.ghost:

@@ -185,7 +185,8 @@ class Kernels:
 
     def _low_rank_layout(self, kind: layouts.Kind, x, up: UpProjection, chunk: int | None) -> Layout:
         layout = lay_out(kind, x.shape, up.logits.shape[-1], DIRECTIONS, chunk, interpret=self.interpret)
-        assert layout is not None, "variants.choose takes only what fits"
+        if layout is None:  # the choice was made for the whole map, of which a device of a mesh has a part
+            raise ValueError(f"variant: expected one that fits x {x.shape} {x.dtype.name}, the part of a device")
         return layout
 
     def _run_made(self, function, layout: Layout, up: UpProjection, proxy, x, *arrays):

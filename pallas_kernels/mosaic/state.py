@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -28,8 +29,28 @@ class StateLines:
         """This warpgroup's pixels, shifted along the line by `shift`."""
         return pl.ds(self.frame.place + self.halo + shift, self.frame.tile.rows)
 
+    def begin(self, ref: Any, given: Any, targets: Sequence[tuple[int, int]], joint: Any) -> jax.Array:
+        """Fills the state for the first line, and returns that of the warpgroup's own pixels.
+
+        It is zero, or `given` by the launch before, whose line k goes to (buffer, line) = `targets[k]`. The last of
+        these lines is returned.
+        """
+        frame = self.frame
+        self.clear(ref, joint)
+        if not frame.tile.ghost:
+            return primitives.zeros(frame.tile.rows, frame.tile.channels)
+        for k, (buffer, line) in enumerate(targets):
+            place = given.at[frame.walk_index, k, frame.rows(), frame.block]
+            primitives.fetch(place, ref.at[buffer, line, self.rows()], joint)
+        primitives.wait(joint)
+        buffer, line = targets[-1]
+        same = primitives.load(ref.at[buffer, line, self.rows()])
+        if buffer == 1:
+            primitives.commit()  # every thread has read it before the first line writes there
+        return same
+
     def clear(self, ref: Any, joint: Any) -> None:
-        """Fills everything with zeros, before the first line."""
+        """Fills everything with zeros."""
 
         def fill():
             for buffer in range(2):
@@ -42,14 +63,6 @@ class StateLines:
             pl.when(self.frame.warpgroup == 0)(fill)
         primitives.commit()
         self.frame.meet(joint)
-
-    def receive(self, ref: Any, source: Any, targets: Sequence[tuple[int, int]], barrier: Any) -> None:
-        """Copies the state from the launch before into the buffers: its line k to (buffer, line) = `targets[k]`."""
-        frame = self.frame
-        for k, (buffer, line) in enumerate(targets):
-            place = source.at[frame.walk_index, k, frame.rows(), frame.block]
-            primitives.fetch(place, ref.at[buffer, line, self.rows()], barrier)
-        primitives.wait(barrier)
 
     def send(self, ref: Any, sources: Sequence[tuple[Any, int]], target: Any) -> None:
         """Copies the CTA's own pixels of each (buffer, line) in `sources` to the state for the next launch."""
